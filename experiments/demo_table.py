@@ -1,0 +1,94 @@
+"""The README's tables of the demo: backbones with and without MAO, over domains and seeds.
+
+    python -m experiments.demo_table                                  the default domain, seeds 1-3
+    python -m experiments.demo_table --domains all                    all eleven, seeds 1-3
+
+Rows already in --out are taken as they are with --reuse. Averages as in the paper's tables: Base and New are averaged
+first, H is the harmonic mean of the averages.
+"""
+
+import argparse
+import json
+import multiprocessing
+import pathlib
+import statistics
+
+import demo
+from backbones import BACKBONES
+from evaluate import harmonic_mean
+from record import folder_name
+
+ROWS = ("zeroshot", "backbone", "mao")
+
+
+def folder(out, domain, backbone, method, seed):
+    return pathlib.Path(out) / folder_name(f"demo-{domain}", backbone, method, seed, {})
+
+
+def tune(job):
+    """One run of run.py in a process of its own, on one thread: two of them fill two cores better than one."""
+    out, domain, backbone, seed = job
+    import torch
+
+    import run
+
+    torch.set_num_threads(1)
+    run.main(["--dataset", f"demo-{domain}", "--backbone", backbone, "--seed", str(seed), "--out", out, "--workers", "0"])
+
+
+def scores(out, domain, backbone, method, seeds):
+    """{"base", "new", "h", "labels"}: a list over the seeds, percent."""
+    found = {"base": [], "new": [], "h": [], "labels": []}
+    for seed in seeds:
+        place = folder(out, domain, backbone, method, seed)
+        result = json.loads((place / "result.json").read_text())
+        for key in ("base", "new", "h"):
+            found[key].append(result[key])
+        if method == "mao":
+            lines = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+            found["labels"].append(statistics.mean(
+                line["pseudo_label_accuracy"] for line in lines if line["phase"] == "new"))
+    return found
+
+
+def cell(values):
+    """Mean and, from two values on, sample standard deviation."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domains", nargs="+", default=[demo.DEFAULT], help="names, or all (default: the demo's)")
+    parser.add_argument("--backbones", nargs="+", default=["coop"], choices=list(BACKBONES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--out", default="runs/table", help="where the rows go (default: runs/table)")
+    parser.add_argument("--reuse", action="store_true", help="take finished rows in --out as they are")
+    args = parser.parse_args()
+    domains = list(demo.LIGHTS) if args.domains == ["all"] else args.domains
+
+    jobs = [(args.out, domain, backbone, seed) for seed in args.seeds for domain in domains for backbone in args.backbones]
+    if args.reuse:
+        jobs = [job for job in jobs if not (folder(*job[:3], "mao", job[3]) / "result.json").is_file()]
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for done, _ in enumerate(pool.imap_unordered(tune, jobs), 1):
+            print(f"run {done} of {len(jobs)} done", flush=True)
+
+    for backbone in args.backbones:
+        name = BACKBONES[backbone].__name__
+        print(f"\n| domain | row | Base | New | H | pseudo-labels right |\n|---|---|---|---|---|---|")
+        for domain in domains:
+            for method, label in zip(ROWS, ("zero-shot CLIP", name, f"{name} + MAO")):
+                found = scores(args.out, domain, backbone, method, args.seeds)
+                print(f"| {domain} | {label} | " + " | ".join(map(cell, found.values())) + " |")
+        if len(domains) > 1:
+            for method, label in zip(ROWS, ("zero-shot CLIP", name, f"{name} + MAO")):
+                every = [scores(args.out, domain, backbone, method, args.seeds) for domain in domains]
+                base, new = (statistics.mean(statistics.mean(found[key]) for found in every) for key in ("base", "new"))
+                print(f"| **average** | {label} | {base:.2f} | {new:.2f} | {harmonic_mean(base, new):.2f} | |")
+
+
+if __name__ == "__main__":
+    main()

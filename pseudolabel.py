@@ -1,0 +1,29 @@
+"""Rapid pseudo-labelling of the new phase (section 3.3, "Data-Driven Enhancement", Eq. 7).
+
+This file needs PyTorch alone: copy it.
+"""
+
+import torch
+
+
+class PseudoLabeler:
+    """The Top-1 of a frozen classifier over all new classes C_n, with its confidence (Eq. 7).
+
+    classifier: any object with `text_features()` -> [N, d], `image_features(images)` -> [B, d], both unit length,
+    and `logit_scale` (1/tau): the foundation CLIP on "a photo of a {}." in the paper (Table 5). Its text features
+    are computed once, here.
+    """
+
+    def __init__(self, classifier):
+        self.classifier = classifier
+        self.logit_scale = float(classifier.logit_scale)
+        with torch.no_grad():
+            self.text_features = classifier.text_features().clone()  # g(c), c in C_n  [N, d]
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Labels int64 [B] and their confidences [B], in (0, 1], of images [B, 3, h, w] or of their features [B, d]."""
+        f = images if images.ndim == 2 else self.classifier.image_features(images)  # f(i_n)  [B, d]
+        p = (self.logit_scale * f @ self.text_features.T).softmax(dim=-1)  # Eq. 7  [B, N]
+        confidences, labels = p.max(dim=-1)  # t^_n
+        return labels, confidences

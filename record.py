@@ -1,0 +1,153 @@
+"""What a run leaves behind, and reads back: a folder a row, every file written beside its place and then renamed.
+
+    config.json         every setting in force, versions, git revision
+    metrics.jsonl       a line an epoch and phase
+    base.safetensors    the learned prompts after phase 1, new.safetensors after phase 2
+    result.json         the scores
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import resource
+import subprocess
+import sys
+
+import safetensors
+import safetensors.torch
+import torch
+
+
+PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
+FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
+
+
+def folder_name(dataset, backbone, method, seed, changed):
+    """"demo-coop-mao-seed1", and what is not the default appended: `changed` maps option names to values."""
+    parts = [dataset, backbone, method, f"seed{seed}"]
+    for option, value in changed.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            parts.append(f"{option}{value:g}")
+        else:
+            text = "" if value is True else re.sub(r"[^A-Za-z0-9.]+", "-", pathlib.PurePath(str(value)).name).strip("-")
+            parts.append(f"{option}-{text}".strip("-"))
+    return "-".join(parts).replace("_", "-")
+
+
+def write(path, content):
+    """Text or bytes into `path`, whole or not at all. OSError: the disk is full, or the folder cannot be written."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def versions():
+    """Versions of Python and of the packages that matter, and the project's git revision (None outside git)."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        if revision and subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout:
+            revision += " with local changes"
+    except OSError:
+        revision = ""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return {"python": platform.python_version(), **found, "git": revision or None}
+
+
+class Record:
+    """Writes the folder of one row. Files of an earlier run in the same folder go first."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config, self.metrics = pathlib.Path(folder), config, []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
+
+    def epoch(self, line):
+        """A line of metrics.jsonl: a dict."""
+        self.metrics.append(json.dumps(line))
+        write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
+
+    def prompts(self, name, learner):
+        """The learner's state dict as `name`.safetensors; the header says what it belongs to."""
+        header = {key: json.dumps(self.config[key])
+                  for key in ("dataset", "backbone", "n_ctx", "ctx_init", "template", "clip", "clip_sha256")}
+        state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
+        write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, header))
+
+    def result(self, scores):
+        """The row's scores: a dict."""
+        write(self.folder / "result.json", json.dumps(scores, indent=1) + "\n")
+
+
+def read_prompts(path, backbone, clip_sha256):
+    """The state dict that `Record.prompts` wrote.
+
+    FileNotFoundError: no such file. ValueError: not such a file, of another backbone, or for another CLIP.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
+    if header.get("backbone") != backbone:
+        raise ValueError(f"the prompts in {path} are of the backbone '{header.get('backbone')}', not '{backbone}'")
+    if header.get("clip_sha256") != clip_sha256:
+        raise ValueError(f"the prompts in {path} were tuned for another CLIP ({header.get('clip')}): "
+                         "their SHA-256 differ; give that one with --clip")
+    return state
+
+
+def read_folder(folder):
+    """(config, result) of a finished row. FileNotFoundError, ValueError: nothing there, or broken."""
+    content = []
+    for name in ("config.json", "result.json"):
+        path = pathlib.Path(folder) / name
+        try:
+            content.append(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is missing: give a folder of a finished run, runs/...") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is broken ({error}): run it again") from error
+    return content
+
+
+def peak_mib(device):
+    """Peak memory in MiB: on a GPU since its last reset, on a CPU the whole process's so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def show(config, rows, backbone):
+    """Prints the rows' table, and under it what the single final prompt does on the base classes.
+
+    rows: (method, result); accuracy in percent, seconds of tuning. backbone: its name as the table has it.
+    """
+    names = {"zeroshot": "zero-shot CLIP", "backbone": backbone, "mao": f"{backbone} + MAO"}
+    lines = [("", "Base", "New", "H", "learnable", "seconds", "peak memory")]
+    for method, result in rows:
+        accuracies = [f"{result[key]:.2f}" for key in ("base", "new", "h")]
+        lines.append((names[method], *accuracies, f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}",
+                      f"{result['peak_mib']:,.0f} MiB"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{config['dataset']}, seed {config['seed']}, {config['shots']} shots")
+    for name, *cells in lines:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    for method, result in rows:
+        if method == "mao":
+            print(f"The single final prompt of {names[method]} scores {result['base_by_final_prompt']:.2f} "
+                  "on the base classes.")

@@ -1,0 +1,252 @@
+"""Tunes prompts with and without MAO on a base-to-new task, and scores them (Table 1).
+
+    python run.py                                        the embedded demo: no network, no GPU, about 2 minutes
+    python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
+    python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+import demo
+import evaluate
+from backbones import BACKBONES, ZeroShot, load_clip
+from mao import base_step, candidates, full_step, new_step
+from pseudolabel import PseudoLabeler
+from record import Record, folder_name, peak_mib, read_folder, read_prompts, show
+from sampler import HardNegativeSampler, paper_batch
+
+MOMENTUM, WEIGHT_DECAY, WARMUP_LR = 0.9, 5e-4, 1e-5  # the authors' release, all backbones
+BACKBONE_LR, MAO_LR = 0.002, 0.0035  # appendix B
+FOUNDATION_TEMPLATE = "a photo of a {}."  # of the pseudo-labels, section 2
+METHODS = ["zeroshot", "backbone", "mao"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def at_least(least):
+    def number(text):
+        if not least <= (value := type(least)(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {least} or more")
+        return value
+    return number
+
+
+def settings(arguments=None):
+    """The command line: (parser, arguments)."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("run.py", description=__doc__, formatter_class=layout)
+    parser.error = lambda message: parser.exit(2, f"run.py: {message}\n")
+    count = {"type": at_least(1), "metavar": "N"}
+    add = parser.add_argument_group("task (section 4.1)").add_argument
+    add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(data.DATASETS)} (default: demo)")
+    add("--root", default="data", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data)")
+    add("--shots", default=16, **count, help="labelled images a base class (default: 16, appendix B)")
+    add("--unlabeled-shots", **count, help="unlabelled images a new class (default: as --shots; Fig. 4 right)")
+    add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
+    add = parser.add_argument_group("model (Table 6)").add_argument
+    add("--backbone", choices=list(BACKBONES), default="coop", help="the prompt learner (default: coop)")
+    add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
+    add("--n-ctx", default=4, **count, help="context vectors (default: 4, Table 6; Table 3's 8K parameters are 16)")
+    add("--ctx-init", metavar="WORDS", help="the context starts from these words (default: from N(0, 0.02^2))")
+    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo its own)")
+    add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
+    add("--epochs", type=at_least(2), default=20, metavar="N", help="in total, MAO halves them (default: 20)")
+    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {BACKBONE_LR} for the backbone, {MAO_LR} for MAO")
+    add("--batch-size", default=32, **count, help="of the backbone and of MAO's new phase (default: 32)")
+    add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
+    add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
+    add = parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument
+    add("--no-base", action="store_true", help="phase 1 is the plain backbone with all its epochs (Table 4 b)")
+    add("--no-new", action="store_true", help="stop after phase 1 (Tables 4 a and 8 c)")
+    add("--no-reg-base", action="store_true", help="phase 1: cross-entropy over all base classes, not Eq. 6")
+    add("--no-reg-new", action="store_true", help="phase 2: over base and new classes, not Eq. 8 (Table 4 c)")
+    add("--pseudo-labeler", choices=["clip", "tuned"], default="clip",
+        help="Eq. 7 by the foundation CLIP, or by the prompts after phase 1 (default: clip; Table 5)")
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, or cpu")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes that load images (default: one a core, 8 at most)")
+    add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
+    add("--eval", nargs="+", metavar="RUN", help="score these folders of finished rows again, tune nothing")
+    return parser, parser.parse_args(arguments)
+
+
+# The two phases ------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(epoch, epochs, lr):
+    """Of epoch 1..epochs: one warm-up epoch, then a cosine, stepped once an epoch (the authors' release)."""
+    return WARMUP_LR if epoch == 1 else lr / 2 * (1 + math.cos(math.pi * (epoch - 2) / epochs))
+
+
+def tune(phase, learner, loader, step, epochs, lr, args, record, report=dict):
+    """One phase by SGD. step(images, labels or indices) -> (loss, H). The prompts are kept after every epoch."""
+    optimiser = torch.optim.SGD(learner.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    precision = PRECISIONS[args.precision]
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    bar = tqdm(total=epochs * len(loader), desc=f"{phase} phase", unit="batch")
+    for epoch in range(1, epochs + 1):
+        started, losses, sizes = time.perf_counter(), [], []
+        optimiser.param_groups[0]["lr"] = rate = learning_rate(epoch, epochs, lr)
+        loader.batch_sampler.set_epoch(epoch)
+        for images, labels in loader:
+            with torch.autocast(args.device, precision, enabled=precision != torch.float32):
+                loss, size = step(images.to(args.device, non_blocking=True), labels)
+            optimiser.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+            losses.append(loss.detach())
+            sizes.append(size)
+            bar.update()
+        mean = torch.stack(losses).mean().item()
+        if not math.isfinite(mean):
+            bar.close()
+            kept = f"epoch {epoch - 1}'s prompts are kept in {record.folder}" if epoch > 1 else "no epoch was completed"
+            raise ValueError(f"the loss of the {phase} phase is {mean} in epoch {epoch}: lower --lr; {kept}")
+        bar.set_postfix(epoch=epoch, loss=f"{mean:.3f}")
+        record.prompts(phase, learner)
+        seconds, size = time.perf_counter() - started, sum(sizes) / len(sizes)
+        record.epoch({"phase": phase, "epoch": epoch, "loss": mean, "lr": rate, "seconds": seconds,
+                      "candidates": size, **report()})
+    bar.close()
+    return {name: value.clone() for name, value in learner.state_dict().items()}
+
+
+def tune_row(method, args, task, clip_model, record):
+    """Tunes one row; returns the learner, its prompts after phase 1 ("base") and at the end ("new")."""
+    torch.manual_seed(args.seed)
+    learner = BACKBONES[args.backbone](clip_model, task.base_names, args.n_ctx, args.ctx_init)
+    transform = data.train_transform(clip_model.visual.input_resolution, task.crop_scale)
+    loading = {"seed": args.seed, "workers": args.workers, "pin_memory": args.device == "cuda"}
+    mao, mao_lr = method == "mao", args.lr or MAO_LR
+
+    # Phase 1, base classes: hard negatives and reg-B (section 3.2), or the plain backbone.
+    labels = [label for _, label, _ in task.base_train]
+    images = data.Images([path for path, _, _ in task.base_train], task.read, transform, labels)
+    if mao and not args.no_base:
+        batches = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
+        loss, epochs, lr = full_step if args.no_reg_base else base_step, (args.epochs + 1) // 2, mao_lr
+    else:
+        batches = data.ShuffledBatches(len(images), args.batch_size, args.seed)
+        loss, epochs, lr = full_step, args.epochs, args.lr or BACKBONE_LR
+
+    def step(images, labels):
+        return loss(learner, images, labels), len(candidates(labels)[0] if loss is base_step else task.base_names)
+
+    loader = data.training_loader(images, batches, phase=1, **loading)
+    base = tune("base", learner, loader, step, epochs, lr, args, record)
+    if not mao or args.no_new:
+        return learner, {"base": base, "new": base}
+
+    # Phase 2, new classes: unlabelled images, pseudo-labels and reg-N (section 3.3).
+    learner.set_classes(task.new_names)
+    foundation = ZeroShot(clip_model, task.new_names, FOUNDATION_TEMPLATE)
+    labeler = PseudoLabeler(foundation if args.pseudo_labeler == "clip" else learner)
+    offset = len(task.base_names) if args.no_reg_new else 0  # the old candidates stay, before the new ones
+    learner.set_classes(task.base_names + task.new_names if args.no_reg_new else task.new_names)
+    images = data.Images(task.new_train, task.read, transform)
+    batches = data.ShuffledBatches(len(images), args.batch_size, args.seed)
+    guesses = []  # (indices, pseudo-labels) of an epoch: only the evaluation knows which are right
+
+    def step(images, indices):
+        f = foundation.image_features(images)  # f(i_n): the labeler's, and the learner's where it prompts no images
+        pseudo_labels, _ = labeler(f)  # Eq. 7
+        guesses.append((indices, pseudo_labels))
+        shared = images if learner.prompts_images else f
+        return new_step(learner, shared, pseudo_labels + offset), offset + len(task.new_names)
+
+    def report():
+        indices, labels = (torch.cat(parts).cpu() for parts in zip(*guesses))
+        guesses.clear()
+        return {"pseudo_label_accuracy": evaluate.pseudo_label_accuracy(task.new_answers, indices, labels)}
+
+    loader = data.training_loader(images, batches, phase=2, **loading)
+    new = tune("new", learner, loader, step, args.epochs // 2, mao_lr, args, record, report)
+    return learner, {"base": base, "new": new}
+
+
+# The rows ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(args):
+    """The task, the frozen CLIP with its SHA-256, zero-shot CLIP, and the test features, computed once for all rows."""
+    source = data.open_dataset(args.dataset, args.root, download=True)
+    task = data.open_task(source, args.shots, args.unlabeled_shots, args.seed)
+    clip_model, sha256 = load_clip(demo.WEIGHTS if args.clip == "demo" else args.clip, args.device)
+    foundation = ZeroShot(clip_model, task.base_names, task.template)
+    return task, clip_model, sha256, foundation, evaluate.test_features(foundation, task, args.device, args.workers)
+
+
+def main(arguments=None):
+    parser, args = settings(arguments)
+    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch sees no such device here; use --device cpu")
+    if args.eval:
+        return score_again(args)
+    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
+               and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
+    args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
+    task, clip_model, sha256, foundation, tests = prepare(args)
+    anchors, top_k = paper_batch(len(task.base_names))
+    args.anchors, args.top_k = args.anchors or anchors, args.top_k or top_k
+    if args.anchors * args.top_k > len(task.base_names):
+        print(f"run.py: warning: b*K = {args.anchors}*{args.top_k} exceeds the {len(task.base_names)} base classes, so "
+              "reg-B is plain cross-entropy (appendix B): lower --anchors or --top-k", file=sys.stderr)
+    rows = []
+    for method in args.method:
+        lr = args.lr or (MAO_LR if method == "mao" else BACKBONE_LR)
+        config = {**vars(args), "method": method, "lr": lr, "template": task.template, "crop_scale": task.crop_scale,
+                  "clip_sha256": sha256, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "warmup_lr": WARMUP_LR,
+                  "threads": torch.get_num_threads()}
+        name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
+        record = Record(pathlib.Path(args.out) / name, config)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        learner, prompts = foundation, None
+        if method != "zeroshot":
+            learner, prompts = tune_row(method, args, task, clip_model, record)
+        cost = {"learnable_parameters": sum(p.numel() for p in learner.parameters()),
+                "seconds": time.perf_counter() - started, "peak_mib": peak_mib(args.device)}
+        rows.append((method, {**evaluate.score(learner, prompts, task, tests, args.device), **cost}))
+        record.result(rows[-1][1])
+    show(vars(args), rows, BACKBONES[args.backbone].__name__)
+
+
+def score_again(args):
+    """--eval: the scores of finished rows from what they left behind, to the same digits."""
+    for folder in map(pathlib.Path, args.eval):
+        config, result = read_folder(folder)
+        row = argparse.Namespace(**{**config, "device": args.device, "workers": args.workers})
+        task, clip_model, sha256, learner, tests = prepare(row)
+        prompts = None
+        if row.method != "zeroshot":
+            learner = BACKBONES[row.backbone](clip_model, task.base_names, row.n_ctx, row.ctx_init)
+            new = "new.safetensors" if (folder / "new.safetensors").is_file() else "base.safetensors"
+            prompts = {half: read_prompts(folder / name, row.backbone, sha256)
+                       for half, name in (("base", "base.safetensors"), ("new", new))}
+        result |= evaluate.score(learner, prompts, task, tests, args.device)
+        show(config, [(row.method, result)], BACKBONES[row.backbone].__name__)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,147 @@
+"""The equations on cases worked by hand: mao.py, sampler.py, pseudolabel.py."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
+from pseudolabel import PseudoLabeler
+from sampler import HardNegativeSampler, minilm, paper_batch
+
+
+class Plain:
+    """A prompt learner that is not ours: a row of text features a class, images that are features. Notes its calls."""
+
+    logit_scale = 2.0
+
+    def __init__(self, text):
+        self.text, self.asked = torch.tensor(text, requires_grad=True), []
+
+    def text_features(self, classes=None):
+        self.asked.append(classes)
+        return self.text if classes is None else self.text[classes]
+
+    def image_features(self, images):
+        return images
+
+
+def test_candidates_are_the_batch_classes_without_duplicates():
+    classes, targets = candidates(torch.tensor([7, 2, 7, 4, 2, 2]))
+    assert classes.tolist() == [2, 4, 7]  # H = 3 of 6
+    assert targets.tolist() == [2, 0, 2, 1, 0, 0]
+
+
+def test_alterable_cross_entropy_by_hand():
+    # Unit features after Eq. 5: f = (1, 0), g = (0.6, 0.8) and (1, 0); 1/tau = 2; the first is right.
+    f, g = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.2, 1.6], [5.0, 0.0]])
+    expected = math.log(math.exp(2 * 0.6) + math.exp(2 * 1.0)) - 2 * 0.6
+    assert alterable_cross_entropy(f, g, torch.tensor([0]), 2.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_base_step_sees_the_candidates_only():
+    learner = Plain([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    images, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([2, 0])
+    loss = base_step(learner, images, labels)
+    # Over {0, 2}: similarities (1, 0.6) with 2 right, (0, 0.8) with 0 right.
+    first = math.log(math.exp(2.0) + math.exp(1.2)) - 1.2
+    second = math.log(math.exp(0.0) + math.exp(1.6)) - 0.0
+    assert loss.item() == pytest.approx((first + second) / 2, abs=1e-6)
+    assert learner.asked[0].tolist() == [0, 2]  # the text encoder ran for H = 2 classes
+    loss.backward()
+    assert learner.text.grad[[1, 3]].abs().sum() == 0  # absent classes feel nothing
+    assert learner.text.grad[[0, 2]].abs().sum() > 0
+
+
+def test_full_and_new_step_see_every_class():
+    learner = Plain([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    images, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
+    expected = math.log(math.exp(2.0) + math.exp(0.0) + math.exp(1.2)) - 1.2
+    for step in (full_step, new_step):
+        assert step(learner, images, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert learner.asked == [None, None]
+
+
+def test_pseudo_labels_by_hand():
+    clip = types.SimpleNamespace(logit_scale=2.0, calls=0)
+    clip.image_features = lambda images: images.flatten(1)[:, :2]
+    clip.text_features = lambda: setattr(clip, "calls", clip.calls + 1) or torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    labeler = PseudoLabeler(clip)
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    labels, confidences = labeler(features)
+    assert labels.tolist() == [0, 1]
+    assert confidences.tolist() == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(-1.6))])
+    again, _ = labeler(features.reshape(2, 2, 1, 1))  # images go through the classifier's image encoder
+    assert again.tolist() == [0, 1] and clip.calls == 1
+
+
+LINE = {"a": 0.0, "b_b": 0.1, "c": 0.3, "d": 1.0}  # angles: nearest of a are b, c, d; of d are c, b, a
+
+
+def on_a_line(names):
+    return torch.tensor([[math.cos(LINE[name.replace(" ", "_")]), math.sin(LINE[name.replace(" ", "_")])]
+                         for name in names])
+
+
+def test_hard_negatives_are_the_nearest_names():
+    sampler = HardNegativeSampler([0, 1, 2, 3], list(LINE), 1, 3, encoder=on_a_line)
+    assert sampler.neighbours.tolist() == [[0, 1, 2], [1, 0, 2], [2, 1, 0], [3, 2, 1]]
+    assert sorted(map(tuple, sampler)) == [(0, 1, 2), (1, 0, 2), (2, 1, 0), (3, 2, 1)]  # one image a class: no choice
+
+
+def test_underscores_are_read_as_spaces():
+    seen = []
+    HardNegativeSampler([0, 1], ["sea_or_lake", "river"], 1, 2, encoder=lambda names: seen.extend(names) or torch.eye(2))
+    assert seen == ["sea or lake", "river"]
+
+
+def test_a_class_is_its_own_first_neighbour_even_beside_its_twin():
+    sampler = HardNegativeSampler([0, 1, 2], ["x", "y", "z"], 1, 2, encoder=lambda names: torch.ones(3, 4))
+    assert sampler.neighbours[:, 0].tolist() == [0, 1, 2]
+
+
+def test_batches_hold_b_times_k_images_and_every_anchor_once():
+    labels = np.repeat(np.arange(4), 16)
+    sampler = HardNegativeSampler(labels, list(LINE), 4, 3, seed=5, encoder=on_a_line)
+    epochs = []
+    for epoch in (1, 2, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert len(epochs[0]) == len(sampler) == 16  # 16 * C_b / b steps
+    for batch in epochs[0]:
+        groups = np.array(batch).reshape(4, 3)
+        assert (labels[groups] == sampler.neighbours[labels[groups[:, 0]]]).all()
+    assert sorted(batch[i] for batch in epochs[0] for i in (0, 3, 6, 9)) == list(range(64))
+    assert epochs[0] == epochs[2] != epochs[1]
+    drawn = {i for batch in epochs[0] + epochs[1] for i in batch}
+    assert drawn == set(range(64))  # neighbours' images vary
+
+
+@pytest.mark.parametrize("labels, names, b, k, message", [
+    ([0, 1], ["a", "c"], 1, 3, "top-k is 3, but there are 2 classes"),
+    ([0, 0], ["a", "c"], 1, 2, "the class 'c' has no image"),
+    ([0, 2], ["a", "c"], 1, 2, "labels must lie in 0..1"),
+    ([0, 1], ["a", "c"], 0, 2, "0 anchors a batch"),
+])
+def test_sampler_refuses(labels, names, b, k, message):
+    with pytest.raises(ValueError, match=message):
+        HardNegativeSampler(labels, names, b, k, encoder=on_a_line)
+
+
+def test_the_papers_batches():
+    assert [paper_batch(n) for n in (500, 32, 31, 16, 15, 5, 3)] == \
+        [(4, 8), (4, 8), (2, 8), (2, 8), (2, 7), (2, 2), (2, 2)]
+
+
+def test_the_real_minilm_knows_colours_and_shapes():
+    names = ["red star", "blue circle", "blue ring", "purple circle", "green circle", "yellow triangle"]
+    sampler = HardNegativeSampler(range(6), names, 1, 4, encoder=minilm)
+    assert [names[i] for i in sampler.neighbours[1]] == ["blue circle", "blue ring", "purple circle", "green circle"]
+
+
+def test_foreign_minilm_weights_are_refused(monkeypatch):
+    monkeypatch.setattr("sampler.MINILM_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="is not the published all-MiniLM-L6-v2"):
+        minilm(["a"])

@@ -1,0 +1,226 @@
+"""The command line as a user types it, and what a run leaves behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+
+import pytest
+import safetensors.torch
+
+import data
+import evaluate
+import run
+
+ROWS = ("zeroshot", "backbone", "mao")
+
+
+@pytest.fixture
+def tune(eurosat, command, tmp_path):
+    """tune(...) runs a small job on the small EuroSAT with the demo's CLIP: (code, stdout, stderr, folder of runs)."""
+    def small(*arguments, out="runs"):
+        code, stdout, stderr = command("run.py", "--dataset", "eurosat", "--root", eurosat, "--clip", "demo", "--shots", 4,
+                                       "--epochs", 4, "--workers", 0, "--out", tmp_path / out, *arguments)
+        return code, stdout, stderr, tmp_path / out
+    return small
+
+
+def only(folder, method):
+    found, = folder.glob(f"eurosat-coop-{method}-seed1*")
+    return found
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_and_what_it_leaves(tune, command):
+    code, out, err, runs = tune()
+    assert code == 0, err
+    table = [line.split("  ") for line in out.splitlines() if "  " in line]
+    assert [row[0] for row in table[1:]] == ["zero-shot CLIP", "CoOp", "CoOp + MAO"]
+    assert "single final prompt of CoOp + MAO" in out
+    assert only(runs, "mao").name == "eurosat-coop-mao-seed1-shots4-clip-demo-epochs4"
+    for method in ROWS:
+        result = json.loads((only(runs, method) / "result.json").read_text())
+        assert result["h"] == evaluate.harmonic_mean(result["base"], result["new"])
+        config = json.loads((only(runs, method) / "config.json").read_text())
+        assert config["anchors"] == config["top_k"] == 2 and config["lr"] == (0.0035 if method == "mao" else 0.002)
+        assert config["versions"]["torch"] and len(config["clip_sha256"]) == 64
+    mao = lines(only(runs, "mao"))
+    assert [(line["phase"], line["epoch"]) for line in mao] == [("base", 1), ("base", 2), ("new", 1), ("new", 2)]
+    assert [line["lr"] for line in mao] == [1e-5, 0.0035, 1e-5, 0.0035]
+    assert 2 <= mao[0]["candidates"] <= 4 and mao[2]["candidates"] == 5  # H <= b*K; all new classes
+    assert 0 <= mao[2]["pseudo_label_accuracy"] <= 100
+    prompts = safetensors.torch.load_file(only(runs, "mao") / "new.safetensors")
+    assert {name: tuple(value.shape) for name, value in prompts.items()} == {"ctx": (4, 128)}
+    assert not (only(runs, "backbone") / "new.safetensors").exists()
+
+    code, again, _ = command("run.py", "--eval", *(only(runs, method) for method in ROWS))
+    assert code == 0
+    tables = [[line for line in text.splitlines() if "CoOp" in line or "CLIP" in line] for text in (out, again)]
+    assert [line.split() for line in tables[0]] == [line.split() for line in tables[1]]
+
+
+def test_the_embedded_default(command, tmp_path):
+    code, out, err = command("run.py", "--shots", 1, "--epochs", 2, "--method", "zeroshot", "mao", "--out", tmp_path)
+    assert code == 0, err
+    zero_shot = json.loads((tmp_path / "demo-coop-zeroshot-seed1-shots1-epochs2" / "result.json").read_text())
+    assert 60 <= zero_shot["base"] <= 80 and 60 <= zero_shot["new"] <= 80
+    line, _ = lines(tmp_path / "demo-coop-mao-seed1-shots1-epochs2")
+    assert 16 < line["candidates"] <= 32  # b*K = 32 of 50 classes, duplicates deleted
+
+
+def test_the_same_bits_whatever_the_workers(tune):
+    files = []
+    for workers in (0, 2):
+        *_, runs = tune("--method", "mao", "--workers", workers, out=f"runs{workers}")
+        files.append([(only(runs, "mao") / name).read_bytes() for name in ("base.safetensors", "new.safetensors")])
+    assert files[0] == files[1]
+    *_, runs = tune("--method", "mao", "--seed", 2, out="runs-seed2")
+    seed2, = runs.iterdir()
+    assert (seed2 / "base.safetensors").read_bytes() != files[0][0]
+
+
+def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatch):
+    """With other answers and other test images, the same prompts; the scores are what changes."""
+    *_, runs = tune("--method", "mao", "backbone")
+    open_task = data.open_task
+
+    def tampered(*arguments, **options):
+        task = open_task(*arguments, **options)
+        task.new_answers = [(label + 1) % 5 for label in task.new_answers]
+        task.base_test = [[path, (label + 1) % 5, name] for path, label, name in task.new_test]
+        task.new_test = task.base_test[:5]
+        return task
+
+    monkeypatch.setattr(data, "open_task", tampered)
+    *_, other = tune("--method", "mao", "backbone", out="tampered")
+    for method, names in (("mao", ["base.safetensors", "new.safetensors"]), ("backbone", ["base.safetensors"])):
+        for name in names:
+            assert (only(runs, method) / name).read_bytes() == (only(other, method) / name).read_bytes()
+    assert [line["loss"] for line in lines(only(runs, "mao"))] == [line["loss"] for line in lines(only(other, "mao"))]
+
+
+@pytest.mark.parametrize("switch, phases, candidates", [
+    ("--no-new", ["base"] * 2, {"base": (2, 4)}),
+    ("--no-base", ["base"] * 4 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
+    ("--no-reg-base", ["base"] * 2 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
+    ("--no-reg-new", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (10, 10)}),
+    ("--pseudo-labeler tuned", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (5, 5)}),
+])
+def test_ablations(tune, switch, phases, candidates):
+    code, _, err, runs = tune("--method", "mao", *switch.split())
+    assert code == 0, err
+    found = lines(only(runs, "mao"))
+    assert [line["phase"] for line in found] == phases and switch.strip("-").replace(" ", "-") in only(runs, "mao").name
+    for line in found:
+        low, high = candidates[line["phase"]]
+        assert low <= line["candidates"] <= high
+
+
+def test_the_learning_rate_by_hand():
+    rates = [run.learning_rate(epoch, 4, 0.1) for epoch in (1, 2, 3, 4)]
+    assert rates == pytest.approx([1e-5, 0.1, 0.05 * (1 + 0.5**0.5), 0.05])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "eurosatt"], "there is no dataset 'eurosatt': did you mean eurosat"),
+    (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop'"),
+    (["--top-k", "6"], "top-k is 6, but there are 5 classes"),
+    (["--shots", "0"], "0 is not a number of 1 or more"),
+    (["--epochs", "1"], "1 is not a number of 2 or more"),
+    (["--device", "tpu"], "PyTorch sees no such device"),
+    (["--clip", "nowhere.pt"], "there is no CLIP 'nowhere.pt'"),
+    (["--clip", __file__], "is not a CLIP checkpoint"),
+    (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
+    (["--eval", "nowhere"], "config.json is missing"),
+])
+def test_bad_input_is_one_sentence(tune, arguments, message):
+    code, out, err, runs = tune("--method", "mao", *arguments)
+    last = err.replace("\r", "\n").splitlines()[-1]
+    assert code == 2 and out == "" and message in last and "Traceback" not in err
+    assert not list(runs.rglob("*.safetensors"))
+
+
+def test_reg_b_degenerates_with_a_warning(tune):
+    code, _, err, _ = tune("--method", "mao", "--anchors", 3)
+    assert code == 0 and "warning: b*K = 3*2 exceeds the 5 base classes" in err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_the_run(tune, eurosat, workers):
+    for path in (eurosat / "eurosat" / "2750" / "River").glob("*.jpg"):
+        path.write_bytes(b"")
+    code, _, err, _ = tune("--workers", workers)
+    assert code == 2 and "Traceback" not in err
+    assert "cannot read the image" in err.splitlines()[-1] and "River_7.jpg" in err.splitlines()[-1]
+
+
+def test_an_infinite_loss_keeps_the_last_good_epoch(tune):
+    code, _, err, runs = tune("--method", "backbone", "--lr", "1e30")
+    assert code == 2 and "the loss of the base phase is nan in epoch" in err
+    state = safetensors.torch.load_file(only(runs, "backbone") / "base.safetensors")
+    assert state["ctx"].isfinite().all() and f"epoch {len(lines(only(runs, 'backbone')))}'s prompts are kept" in err
+
+
+def test_without_a_network(command, tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = command("run.py", "--dataset", "eurosat", "--root", tmp_path / "data")
+    assert code == 2 and "EuroSAT is not in" in err and "could not be downloaded" in err and "Traceback" not in err
+    assert not list((tmp_path / "data").iterdir())
+    code, _, err = command("run.py", "--clip", "ViT-B/16")
+    assert code == 2 and "CLIP ViT-B/16 could not be downloaded" in err and "Traceback" not in err
+
+
+def test_a_full_disk(tune, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err, runs = tune("--method", "backbone")
+    assert code == 2 and "No space left on device" in err and "Traceback" not in err
+    assert not [path for path in runs.rglob("*") if path.is_file()]
+
+
+def test_prompts_of_another_clip_or_backbone(tune, command):
+    *_, runs = tune("--method", "backbone")
+    config = only(runs, "backbone") / "config.json"
+    prompts = only(runs, "backbone") / "base.safetensors"
+    good, text = prompts.read_bytes(), config.read_text()
+    for old, new, message in ((b"clip_sha256\":\"\\\"", b"clip_sha256\":\"\\\"00", "for another CLIP"),
+                              (b"\"backbone\":\"\\\"coop", b"\"backbone\":\"\\\"cooo", "are of the backbone 'cooo'")):
+        assert old in good
+        body = good.replace(old, new)
+        prompts.write_bytes((len(body) - 8 - (len(good) - 8 - int.from_bytes(good[:8], "little"))).to_bytes(8, "little")
+                            + body[8:])
+        code, _, err = command("run.py", "--eval", prompts.parent)
+        assert code == 2 and message in err
+    prompts.write_bytes(good[:50])
+    code, _, err = command("run.py", "--eval", prompts.parent)
+    assert code == 2 and "is not a file of prompts" in err
+    config.write_text(text[:40])
+    code, _, err = command("run.py", "--eval", prompts.parent)
+    assert code == 2 and "config.json is broken" in err
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
+    process = subprocess.Popen([sys.executable, "run.py", "--method", "backbone", "--out", str(tmp_path)],
+                               cwd=pathlib.Path(run.__file__).parent, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob("metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("result.json"))
+    folder, = tmp_path.iterdir()
+    assert lines(folder) and safetensors.torch.load_file(folder / "base.safetensors")
