@@ -60,32 +60,47 @@ def layer_norm(norm, x):
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def run_transformer(transformer, x, causal):
-    """CLIP's transformer on embeddings x [B, T, w]: [B, T, w]."""
-    for block in transformer.resblocks:
-        qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)  # [B, T, 3w]
-        q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, w/heads]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)  # [B, T, w]
-        x = x + block.attn.out_proj(attended)
-        x = x + block.mlp(layer_norm(block.ln_2, x))
-    return x
+def project(block, x):
+    """Queries, keys and values of a transformer block: x [..., T, w] -> three of [..., heads, T, w/heads]."""
+    qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
 
 
-def encode_text(clip_model, embedded, ends):
-    """The text encoder g on token embeddings [C, T, w]: unit features [C, d].
+def finish(block, x, attended):
+    """The rest of a block: x [..., T, w] and what its tokens attended to [..., heads, T, w/heads] -> [..., T, w]."""
+    x = x + block.attn.out_proj(attended.transpose(-2, -3).flatten(-2))
+    return x + block.mlp(layer_norm(block.ln_2, x))
 
-    ends: int64 [C], the positions of the end-of-text tokens. T need not be CLIP's 77: attention is causal, so what
-    comes after the last end-of-text token changes nothing.
+
+def encode_prompts(clip_model, prefix, suffix, ends):
+    """The text encoder g on prompts that start alike: unit features [H, d].
+
+    prefix: embeddings [P, w] that all H prompts share, from the start token on. suffix: [H, S, w], what differs.
+    ends: int64 [H], where in its suffix a prompt's end-of-text token stands.
+
+    Attention is causal, which makes three savings exact: the prefix is run once, not H times; what comes after the
+    longest end-of-text token is left out (P + S positions, not 77); the last layer is run for the end tokens alone.
     """
-    x = embedded + clip_model.positional_embedding[: embedded.shape[1]]
-    x = run_transformer(clip_model.transformer, x, causal=True)
-    x = layer_norm(clip_model.ln_final, x[torch.arange(len(x), device=x.device), ends])  # [C, w]
-    return F.normalize(x @ clip_model.text_projection, dim=-1)
+    (P, _), (H, S, _) = prefix.shape, suffix.shape
+    position = clip_model.positional_embedding
+    x = torch.cat([prefix + position[:P], (suffix + position[P : P + S]).flatten(0, 1)])  # packed: [P + H*S, w]
+    mask = torch.ones(S, P + S, dtype=torch.bool, device=x.device).tril(P)  # a token sees the prefix and its past
+    end_rows = P + S * torch.arange(H, device=x.device) + ends
 
+    def with_prefix(k):  # a suffix's keys or values behind the shared ones: [heads, P + H*S, .] -> [heads, H, P + S, .]
+        return torch.cat([k[:, None, :P].expand(-1, H, -1, -1), k[:, P:].unflatten(1, (H, S))], dim=2)
 
-def encode_tokens(clip_model, tokens):
-    """The text encoder g on token numbers [C, T]: unit features [C, d]."""
-    return encode_text(clip_model, clip_model.token_embedding(tokens), tokens.argmax(dim=-1))
+    *blocks, last = clip_model.transformer.resblocks
+    for block in blocks:
+        q, k, v = project(block, x)  # [heads, P + H*S, w/heads]
+        p = F.scaled_dot_product_attention(q[None, :, :P], k[None, :, :P], v[None, :, :P], is_causal=True)[0]
+        s = F.scaled_dot_product_attention(q[:, P:].unflatten(1, (H, S)), with_prefix(k), with_prefix(v), mask)
+        x = finish(block, x, torch.cat([p, s.flatten(1, 2)], dim=1))
+    q, k, v = project(last, x)
+    q = q[:, end_rows, None]  # [heads, H, 1, w/heads]
+    s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])
+    x = finish(last, x[end_rows], s.squeeze(2))  # [H, w]
+    return F.normalize(layer_norm(clip_model.ln_final, x) @ clip_model.text_projection, dim=-1)
 
 
 def encode_images(clip_model, images):
@@ -95,7 +110,12 @@ def encode_images(clip_model, images):
         return F.normalize(visual(images), dim=-1)
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-    x = run_transformer(visual.transformer, layer_norm(visual.ln_pre, x), causal=False)
+    x = layer_norm(visual.ln_pre, x)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        x = finish(block, x, F.scaled_dot_product_attention(*project(block, x)))  # [B, 1 + patches, w]
+    q, k, v = project(last, x)
+    x = finish(last, x[:, :1], F.scaled_dot_product_attention(q[:, :, :1], k, v))  # the class token alone is read
     return F.normalize(layer_norm(visual.ln_post, x[:, 0]) @ visual.proj, dim=-1)
 
 
@@ -135,8 +155,11 @@ class ZeroShot(nn.Module):
     def set_classes(self, classnames):
         """Takes these classes instead; their text features are computed here, once."""
         texts = [self.template.format(name.replace("_", " ")) for name in classnames]
-        parts = [encode_tokens(self.clip_model, tokenize(self.clip_model, texts[i : i + 256])[0])
-                 for i in range(0, len(texts), 256)]
+        parts = []
+        for first in range(0, len(texts), 256):
+            tokens, ends = tokenize(self.clip_model, texts[first : first + 256])
+            embedded = self.clip_model.token_embedding(tokens)  # [C, T, w]
+            parts.append(encode_prompts(self.clip_model, embedded[0, :1], embedded[:, 1:], ends - 1))
         self.features = torch.cat(parts)  # g(c)  [C, d]
 
     @property
@@ -186,8 +209,9 @@ class CoOp(nn.Module):
         """The same prompts before other class names: C of them."""
         placeholder = " ".join("X" * len(self.ctx))  # one token each, replaced by the context
         texts = [f"{placeholder} {name.replace('_', ' ')}." for name in classnames]
-        tokens, self.ends = tokenize(self.clip_model, texts)  # [C, T], [C]
-        self.embedded = self.clip_model.token_embedding(tokens)  # [C, T, w]
+        tokens, ends = tokenize(self.clip_model, texts)  # [C, T], [C]
+        embedded, length = self.clip_model.token_embedding(tokens), 1 + len(self.ctx)
+        self.start, self.suffix, self.ends = embedded[0, :1], embedded[:, length:], ends - length
 
     @property
     def logit_scale(self):
@@ -195,11 +219,11 @@ class CoOp(nn.Module):
 
     def text_features(self, classes=None):
         """g(P_t), the prompts of all classes [C, d], or of an index tensor of H classes [H, d]; unit length."""
-        embedded = self.embedded if classes is None else self.embedded[classes]  # [H, T, w]
-        ends = self.ends if classes is None else self.ends[classes]
-        start, name = embedded[:, :1], embedded[:, 1 + len(self.ctx) :]
-        prompts = torch.cat([start, self.ctx.expand(len(embedded), -1, -1), name], dim=1)  # [start] P [CLASS] . [end]
-        return encode_text(self.clip_model, prompts, ends)
+        suffix, ends = self.suffix, self.ends  # [CLASS] . [end]  [C, S, w]
+        if classes is not None:
+            suffix, ends = suffix[classes], ends[classes]  # [H, S, w]
+        prefix = torch.cat([self.start, self.ctx])  # [start] P  [1 + L, w]
+        return encode_prompts(self.clip_model, prefix, suffix, ends)
 
     @torch.no_grad()
     def image_features(self, images):

@@ -245,23 +245,23 @@ class FolderReader(NamedTuple):
                 "replace it, or take it out of the split") from error
 
 
-def normalise_pixels(images):
-    """Pixels in 0..1 as CLIP wants them: [..., 3, h, w] -> the same shape."""
-    return transforms.functional.normalize(images, PIXEL_MEAN, PIXEL_STD)
-
-
 def train_transform(pixels, crop_scale):
-    """Random resized crop (bicubic) and flip, CoOp's: picture -> [3, pixels, pixels]."""
+    """Random resized crop (bicubic) and flip, CoOp's: picture -> uint8 [3, pixels, pixels]."""
     return transforms.Compose([
         transforms.RandomResizedCrop(pixels, scale=crop_scale, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise_pixels])
+        transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
 def test_transform(pixels):
-    """CLIP's own preprocessing: picture -> [3, pixels, pixels]."""
+    """CLIP's own preprocessing: picture -> uint8 [3, pixels, pixels]."""
     return transforms.Compose([
         transforms.Resize(pixels, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(pixels), transforms.ToTensor(), normalise_pixels])
+        transforms.CenterCrop(pixels), transforms.PILToTensor()])
+
+
+def normalise_pixels(images):
+    """Pixels as CLIP wants them: uint8 [B, 3, h, w], which travel from workers to the device, -> float32."""
+    return transforms.functional.normalize(images.float() / 255, PIXEL_MEAN, PIXEL_STD)
 
 
 class Images(Dataset):
@@ -278,9 +278,13 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, 0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        generator = torch.default_generator  # torchvision's transforms draw from it; nobody else sees the seed
+        state = generator.get_state()
+        try:
+            generator.manual_seed(seed)
             image = self.transform(self.read(self.paths[index]))
+        finally:
+            generator.set_state(state)
         return image, (index if self.labels is None else self.labels[index])
 
 

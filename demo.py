@@ -48,7 +48,7 @@ LIGHTS = {  # out = M @ in, rows red, green, blue
     "night": ((0.35, 0, 0), (0, 0.35, 0), (0, 0, 0.35)),
 }
 SEEN = ("plain", "dusk", "sunset", "neon", "faded", "jungle")
-DEFAULT = "ice"  # the domain that `--dataset demo` means
+DEFAULT = "sepia"  # the domain that `--dataset demo` means
 NOISE = 0.04  # standard deviation of the pixel noise, in every light alike
 CLASSNAMES = sorted(f"{colour} {shape}" for colour in COLOURS for shape in NEIGHBOUR)
 
@@ -183,7 +183,6 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
     from torch.nn import functional as F
     from tqdm import tqdm
 
-    from backbones import encode_images, encode_tokens
     from data import normalise_pixels
 
     torch.set_num_threads(2)
@@ -207,10 +206,10 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
         pictures = torch.from_numpy(np.stack([draw(name, light, rng) for name, light in zip(names, lights)]))
         captions = [caption(name, light, rng) for name, light in zip(names, lights)]
         tokens = torch.searchsorted(used, clip.tokenize(captions))
-        tokens = tokens[:, : tokens.argmax(1).max() + 1]
+        tokens = tokens[:, : tokens.argmax(1).max() + 1]  # the longest caption's positions, not all 77
 
-        image = encode_images(model, normalise_pixels(pictures.permute(0, 3, 1, 2) / 255))  # [B, d]
-        text = encode_tokens(model, tokens)  # [B, d]
+        image = F.normalize(model.encode_image(normalise_pixels(pictures.permute(0, 3, 1, 2))), dim=-1)  # [B, d]
+        text = F.normalize(model.encode_text(tokens), dim=-1)  # [B, d]
         logits = model.logit_scale.exp() * image @ text.T
         same = torch.tensor([[float(a == b) for b in captions] for a in captions])
         same = same / same.sum(1, keepdim=True)  # identical captions are positives of each other

@@ -8,11 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Images, test_transform
+from data import Images, normalise_pixels, test_transform
 
 
 def test_batches(items, read, pixels, workers=0, batch_size=256):
-    """A loader of (images [B, 3, h, w], labels [B]) over test items [path, label, name]."""
+    """A loader of (images uint8 [B, 3, h, w], labels [B]) over test items [path, label, name]."""
     images = Images([path for path, _, _ in items], read, test_transform(pixels), [label for _, label, _ in items])
     return DataLoader(images, batch_size, num_workers=workers)
 
@@ -27,7 +27,8 @@ def test_features(model, task, device, workers=0):
     features = {}
     for half, items in (("base", task.base_test), ("new", task.new_test)):
         batches = tqdm(test_batches(items, task.read, pixels, workers), desc=f"{half} test images", unit="batch")
-        features[half] = [(model.image_features(images.to(device)), labels) for images, labels in batches]
+        features[half] = [(model.image_features(normalise_pixels(images.to(device))), labels)
+                          for images, labels in batches]
     return features
 
 

@@ -102,8 +102,9 @@ def tune(phase, learner, loader, step, epochs, lr, args, record, report=dict):
         optimiser.param_groups[0]["lr"] = rate = learning_rate(epoch, epochs, lr)
         loader.batch_sampler.set_epoch(epoch)
         for images, labels in loader:
+            images = data.normalise_pixels(images.to(args.device, non_blocking=True))
             with torch.autocast(args.device, precision, enabled=precision != torch.float32):
-                loss, size = step(images.to(args.device, non_blocking=True), labels)
+                loss, size = step(images, labels)
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimiser)

@@ -6,7 +6,8 @@ import safetensors.torch
 import torch
 
 import demo
-from backbones import CoOp, ZeroShot, encode_images, encode_text, encode_tokens, load_clip, tokenize
+import data
+from backbones import CoOp, ZeroShot, encode_images, load_clip, tokenize
 
 NAMES = ["blue circle", "red star", "green_hexagon"]
 
@@ -16,11 +17,21 @@ def small():
     return load_clip(demo.WEIGHTS)[0]
 
 
+def clips_own(features):
+    return features / features.norm(dim=-1, keepdim=True)
+
+
 def test_we_run_clip_as_clip_does(small):
-    images, tokens = torch.randn(3, 3, 32, 32), clip.tokenize([f"a photo of a {name}." for name in NAMES])
-    for ours, theirs in ((encode_images(small, images), small.encode_image(images)),
-                         (encode_tokens(small, tokens), small.encode_text(tokens))):
-        assert torch.allclose(ours, theirs / theirs.norm(dim=-1, keepdim=True), atol=1e-5)
+    images, texts = torch.randn(3, 3, 32, 32), clip.tokenize([f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    assert torch.allclose(encode_images(small, images), clips_own(small.encode_image(images)), atol=1e-6)
+    assert torch.allclose(ZeroShot(small, NAMES).text_features(), clips_own(small.encode_text(texts)), atol=1e-6)
+
+
+def test_we_see_pixels_as_clip_does(small):
+    _, preprocess = clip.load(str(demo.WEIGHTS), device="cpu")
+    picture = demo.read("ice/test/blue circle/00").resize((50, 40))
+    ours = data.normalise_pixels(data.test_transform(32)(picture)[None])[0]
+    assert torch.allclose(ours, preprocess(picture), atol=1e-6)
 
 
 def test_clip_itself_opens_our_weights(small):
@@ -29,18 +40,21 @@ def test_clip_itself_opens_our_weights(small):
     assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), small.state_dict().values()))
 
 
-def test_positions_after_the_end_change_nothing(small):
+def test_the_savings_on_the_text_side_change_nothing(monkeypatch):
+    """All 77 positions, every prompt whole, every layer in full by clip's own modules: the same, in float64."""
+    monkeypatch.setattr(clip.model.LayerNorm, "forward", torch.nn.LayerNorm.forward)  # no cast to float32
     model = load_clip(demo.WEIGHTS)[0].double()
     learner = CoOp(model, NAMES).double()
-    cut = learner.text_features()
-    whole = model.token_embedding(clip.tokenize(["X X X X " + name.replace("_", " ") + "." for name in NAMES]))
-    prompts = torch.cat([whole[:, :1], learner.ctx.expand(3, -1, -1), whole[:, 5:]], dim=1)  # [3, 77, w]
-    full = encode_text(model, prompts, learner.ends)
-    assert learner.embedded.shape[1] < 15 and prompts.shape[1] == 77
-    assert torch.allclose(cut, full, rtol=0, atol=1e-12)
-    gradient, = torch.autograd.grad(cut.sum(), learner.ctx)
-    gradient_whole, = torch.autograd.grad(full.sum(), learner.ctx)
-    assert torch.allclose(gradient, gradient_whole, rtol=0, atol=1e-12)
+    tokens = clip.tokenize(["X X X X " + name.replace("_", " ") + "." for name in NAMES])
+    embedded = model.token_embedding(tokens)  # [3, 77, w]
+    x = torch.cat([embedded[:, :1], learner.ctx.expand(3, -1, -1), embedded[:, 5:]], dim=1) + model.positional_embedding
+    x = model.ln_final(model.transformer(x.transpose(0, 1)).transpose(0, 1))
+    whole = clips_own(x[torch.arange(3), tokens.argmax(-1)] @ model.text_projection)
+    ours = learner.text_features()
+    assert torch.allclose(ours, whole, rtol=0, atol=1e-12)
+    weights = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((features * weights).sum(), learner.ctx)[0] for features in (ours, whole)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
 
 
 def test_a_prompt_learner_saves_its_prompts_alone(small):
