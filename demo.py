@@ -11,6 +11,7 @@ works because it was learned, prompts help because the light moved, pseudo-label
 
 import argparse
 import functools
+import io
 import os
 import pathlib
 import sys
@@ -226,10 +227,12 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
     with torch.no_grad():
         whole_embedding.weight[used] = model.token_embedding.weight
     model.token_embedding = whole_embedding
+    content = io.BytesIO()  # not a file: torch.save would write its name into the archive
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, content)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    torch.save({name: value.half() for name, value in model.state_dict().items()}, beside)
+    beside.write_bytes(content.getvalue())
     os.replace(beside, path)
 
 

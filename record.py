@@ -82,10 +82,10 @@ class Record:
 
     def prompts(self, name, learner):
         """The learner's state dict as `name`.safetensors; the header says what it belongs to."""
-        header = {key: json.dumps(self.config[key])
-                  for key in ("dataset", "backbone", "n_ctx", "ctx_init", "template", "clip", "clip_sha256")}
+        header = {key: self.config[key] for key in ("dataset", "backbone", "n_ctx", "ctx_init", "clip", "clip_sha256")}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
-        write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, header))
+        # One key: safetensors writes several in an order that changes from run to run.
+        write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
 
     def result(self, scores):
         """The row's scores: a dict."""
@@ -99,7 +99,7 @@ def read_prompts(path, backbone, clip_sha256):
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            header = json.loads((file.metadata() or {}).get("mao", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error

@@ -22,7 +22,8 @@ def clips_own(features):
 
 
 def test_we_run_clip_as_clip_does(small):
-    images, texts = torch.randn(3, 3, 32, 32), clip.tokenize([f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    images = torch.randn(3, 3, 32, 32)
+    texts = clip.tokenize([f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
     assert torch.allclose(encode_images(small, images), clips_own(small.encode_image(images)), atol=1e-6)
     assert torch.allclose(ZeroShot(small, NAMES).text_features(), clips_own(small.encode_text(texts)), atol=1e-6)
 

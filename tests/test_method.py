@@ -93,7 +93,7 @@ def test_hard_negatives_are_the_nearest_names():
 
 def test_underscores_are_read_as_spaces():
     seen = []
-    HardNegativeSampler([0, 1], ["sea_or_lake", "river"], 1, 2, encoder=lambda names: seen.extend(names) or torch.eye(2))
+    HardNegativeSampler([0, 1], ["sea_or_lake", "river"], 1, 2, encoder=lambda x: seen.extend(x) or torch.eye(2))
     assert seen == ["sea or lake", "river"]
 
 
