@@ -6,7 +6,6 @@
 Layout, splits and draws are CoOp's, which the paper and everyone it compares with use (section 4.1).
 """
 
-import argparse
 import difflib
 import json
 import math
@@ -26,6 +25,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import demo
+from command import Parser, at_least, end
 from sampler import paper_batch
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -56,8 +56,7 @@ DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
 DATASETS = [*DEMOS, *LAYOUTS]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A dataset's lists
+# A dataset's lists ----------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -146,8 +145,7 @@ def download_eurosat(folder, layout):
         shutil.rmtree(part, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The few-shot draw and the halves
+# The few-shot draw and the halves -------------------------------------------------------------------------------------
 
 
 def few_shot(items, shots, seed):
@@ -218,8 +216,7 @@ def open_task(source, shots=16, unlabeled_shots=None, seed=1):
         base_test=select(source.split["test"], base), new_test=select(source.split["test"], new))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
 class UnreadableImage(ValueError):
@@ -342,27 +339,23 @@ def training_loader(images, batches, seed, phase, workers=0, pin_memory=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a run would see of a dataset, before it starts.")
+    parser = Parser("data.py", __doc__)
     parser.add_argument("name", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--root", default="data", help="the folder that holds the datasets (default: data)")
-    parser.add_argument("--shots", type=int, default=16, help="images a class (default: 16)")
-    parser.add_argument("--seed", type=int, default=1, help="of the few-shot draw (default: 1)")
+    parser.add_argument("--shots", type=at_least(1), default=16, help="images a class (default: 16)")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="of the few-shot draw (default: 1)")
     parser.add_argument("--list", choices=["train", "base", "new", "test"],
                         help="one image a line, path<TAB>label<TAB>class name, in the order drawn")
     args = parser.parse_args()
-    try:
-        source = open_dataset(args.name, args.root)
-        task = open_task(source, args.shots, seed=args.seed)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
+    source = open_dataset(args.name, args.root)
+    task = open_task(source, args.shots, seed=args.seed)
     if args.list:
         drawn = few_shot(source.split["train"], args.shots, args.seed)
         _, new = halves(source.split["train"] + source.split["test"])
         items = {"train": drawn, "base": task.base_train, "new": select(drawn, new), "test": source.split["test"]}
         for path, label, name in items[args.list]:
             print(path, label, name, sep="\t")
-        return 0
+        return
     anchors, top_k = paper_batch(len(task.base_names))
     print(f"{args.name}: {len(task.base_names) + len(task.new_names)} classes, '{source.template}'")
     print(f"images: {source.image_folder or 'drawn by demo.py'}")
@@ -371,8 +364,7 @@ def main():
     print(f"new: {len(task.new_names)} classes, {len(task.new_train)} few-shot (unlabelled) and {len(task.new_test)} "
           f"test images: {', '.join(task.new_names)}")
     print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end("data.py", main)

@@ -54,8 +54,7 @@ NOISE = 0.04  # standard deviation of the pixel noise, in every light alike
 CLASSNAMES = sorted(f"{colour} {shape}" for colour in COLOURS for shape in NEIGHBOUR)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
+# Drawing --------------------------------------------------------------------------------------------------------------
 
 
 def _polygon(*points):
@@ -136,8 +135,7 @@ def draw(classname, light, rng):
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).reshape(SIZE, SIZE, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The few-shot tasks
+# The few-shot tasks ---------------------------------------------------------------------------------------------------
 
 
 def split(domain):
@@ -160,8 +158,7 @@ def read(path):
     return Image.fromarray(draw(classname, domain, np.random.default_rng(zlib.crc32(path.encode()))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pretraining
+# Pretraining ----------------------------------------------------------------------------------------------------------
 
 
 def caption(classname, light, rng):

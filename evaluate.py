@@ -11,34 +11,35 @@ from tqdm import tqdm
 from data import Images, normalise_pixels, test_transform
 
 
-def test_batches(items, read, pixels, workers=0, batch_size=256):
-    """A loader of (images uint8 [B, 3, h, w], labels [B]) over test items [path, label, name]."""
-    images = Images([path for path, _, _ in items], read, test_transform(pixels), [label for _, label, _ in items])
-    return DataLoader(images, batch_size, num_workers=workers)
+def test_images(task, pixels, workers=0, batch_size=256):
+    """{"base", "new"}: loaders of (images uint8 [B, 3, h, w], labels [B]) over a task's test images."""
+    loaders = {}
+    for half, items in (("base", task.base_test), ("new", task.new_test)):
+        paths, labels = [path for path, _, _ in items], [label for _, label, _ in items]
+        images = Images(paths, task.read, test_transform(pixels), labels)
+        loaders[half] = DataLoader(images, batch_size, num_workers=workers)
+    return loaders
 
 
 @torch.no_grad()
-def test_features(model, task, device, workers=0):
-    """{"base", "new"}: lists of (features [B, d], labels [B]) of a task's test images.
+def test_features(model, loaders, device):
+    """The batches of `test_images` with features [B, d] in place of images, by the frozen encoder of a `ZeroShot`.
 
-    Encoded once by the frozen image encoder of `model` (a `ZeroShot`), for every row that can use them.
+    Computed once, for every row whose image side is frozen.
     """
-    pixels = model.clip_model.visual.input_resolution
-    features = {}
-    for half, items in (("base", task.base_test), ("new", task.new_test)):
-        batches = tqdm(test_batches(items, task.read, pixels, workers), desc=f"{half} test images", unit="batch")
-        features[half] = [(model.image_features(normalise_pixels(images.to(device))), labels)
-                          for images, labels in batches]
-    return features
+    return {half: [(model.image_features(normalise_pixels(images.to(device))), labels)
+                   for images, labels in tqdm(batches, desc=f"{half} test images", unit="batch")]
+            for half, batches in loaders.items()}
 
 
 @torch.no_grad()
 def accuracy(learner, batches, device):
-    """Top-1 accuracy in percent over the learner's classes. batches: (images or features, labels)."""
+    """Top-1 accuracy in percent over the learner's classes. batches: (uint8 images or features, labels)."""
     text_features = learner.text_features()  # [C, d]
     right = total = 0
     for images, labels in batches:
-        predicted = (learner.image_features(images.to(device)) @ text_features.T).argmax(dim=-1).cpu()
+        images = normalise_pixels(images.to(device)) if images.ndim == 4 else images
+        predicted = (learner.image_features(images) @ text_features.T).argmax(dim=-1).cpu()
         right += (predicted == labels).sum().item()
         total += len(labels)
     return 100 * right / total
@@ -50,7 +51,8 @@ def score(learner, prompts, task, tests, device):
     Base classes are scored by the prompts after phase 1, new classes by those after phase 2 (as Tables 4 and 8 do);
     the single final prompt on the base classes is not in the paper.
 
-    prompts: state dicts {"base", "new"}, or None where nothing was learned. tests: of `test_features`.
+    prompts: state dicts {"base", "new"}, or None where nothing was learned. tests: of `test_images`, or of
+    `test_features` where the learner prompts no images.
     """
     prompts = prompts or {"base": {}, "new": {}}
     learner.set_classes(task.base_names)

@@ -18,12 +18,13 @@ class PseudoLabeler:
         self.classifier = classifier
         self.logit_scale = float(classifier.logit_scale)
         with torch.no_grad():
-            self.text_features = classifier.text_features().clone()  # g(c), c in C_n  [N, d]
+            self.text_features = classifier.text_features().float()  # g(c), c in C_n  [N, d]
 
     @torch.no_grad()
     def __call__(self, images):
         """Labels int64 [B] and their confidences [B], in (0, 1], of images [B, 3, h, w] or of their features [B, d]."""
         f = images if images.ndim == 2 else self.classifier.image_features(images)  # f(i_n)  [B, d]
-        p = (self.logit_scale * f @ self.text_features.T).softmax(dim=-1)  # Eq. 7  [B, N]
+        with torch.autocast(f.device.type, enabled=False):  # 1/tau is 100: half precision would not do here
+            p = (self.logit_scale * f.float() @ self.text_features.T).softmax(dim=-1)  # Eq. 7  [B, N]
         confidences, labels = p.max(dim=-1)  # t^_n
         return labels, confidences

@@ -82,7 +82,7 @@ class Record:
 
     def prompts(self, name, learner):
         """The learner's state dict as `name`.safetensors; the header says what it belongs to."""
-        header = {key: self.config[key] for key in ("dataset", "backbone", "n_ctx", "ctx_init", "clip", "clip_sha256")}
+        header = {key: self.config[key] for key in ("dataset", "backbone", "settings", "clip", "clip_sha256")}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))

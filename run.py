@@ -19,34 +19,24 @@ import data
 import demo
 import evaluate
 from backbones import BACKBONES, ZeroShot, load_clip
+from command import Parser, at_least, end, settings_of
 from mao import base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
 from record import Record, folder_name, peak_mib, read_folder, read_prompts, show
 from sampler import HardNegativeSampler, paper_batch
 
-MOMENTUM, WEIGHT_DECAY, WARMUP_LR = 0.9, 5e-4, 1e-5  # the authors' release, all backbones
-BACKBONE_LR, MAO_LR = 0.002, 0.0035  # appendix B
-FOUNDATION_TEMPLATE = "a photo of a {}."  # of the pseudo-labels, section 2
-METHODS = ["zeroshot", "backbone", "mao"]
+SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, all backbones, as is the next
+WARMUP_LR, BACKBONE_LR, MAO_LR = 1e-5, 0.002, 0.0035  # appendix B
+METHODS, PHASES = ["zeroshot", "backbone", "mao"], ["", "base", "new"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def at_least(least):
-    def number(text):
-        if not least <= (value := type(least)(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of {least} or more")
-        return value
-    return number
-
-
 def settings(arguments=None):
     """The command line: (parser, arguments)."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("run.py", description=__doc__, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"run.py: {message}\n")
+    parser = Parser("run.py", __doc__)
     count = {"type": at_least(1), "metavar": "N"}
     add = parser.add_argument_group("task (section 4.1)").add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(data.DATASETS)} (default: demo)")
@@ -55,10 +45,14 @@ def settings(arguments=None):
     add("--unlabeled-shots", **count, help="unlabelled images a new class (default: as --shots; Fig. 4 right)")
     add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
     add = parser.add_argument_group("model (Table 6)").add_argument
-    add("--backbone", choices=list(BACKBONES), default="coop", help="the prompt learner (default: coop)")
+    add("--backbone", choices=list(BACKBONES), default="coop", help="the prompt learner (default: coop); promptsrc's "
+        "losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is at 15, std 1")
     add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
-    add("--n-ctx", default=4, **count, help="context vectors (default: 4, Table 6; Table 3's 8K parameters are 16)")
-    add("--ctx-init", metavar="WORDS", help="the context starts from these words (default: from N(0, 0.02^2))")
+    add("--n-ctx", **count, help="text contexts (default: 4, of maple 2; Table 3's 8K parameters are 16)")
+    add("--ctx-init", metavar="WORDS", help="coop: the context starts from these words (default: from N(0, 0.02^2))")
+    add("--depth", **count, help="maple, promptsrc: layers with contexts (default: 9, or all where there are fewer)")
+    add("--n-ctx-vision", **count, help="promptsrc: visual contexts (default: 4)")
+    add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
     add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo its own)")
     add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
     add("--epochs", type=at_least(2), default=20, metavar="N", help="in total, MAO halves them (default: 20)")
@@ -91,9 +85,10 @@ def learning_rate(epoch, epochs, lr):
     return WARMUP_LR if epoch == 1 else lr / 2 * (1 + math.cos(math.pi * (epoch - 2) / epochs))
 
 
-def tune(phase, learner, loader, step, epochs, lr, args, record, report=dict):
+def tune(phase, learner, images, batches, step, epochs, lr, args, record, report=dict):
     """One phase by SGD. step(images, labels or indices) -> (loss, H). The prompts are kept after every epoch."""
-    optimiser = torch.optim.SGD(learner.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    loader = data.training_loader(images, batches, args.seed, PHASES.index(phase), args.workers, args.device == "cuda")
+    optimiser = torch.optim.SGD(learner.parameters(), lr, **SGD)
     precision = PRECISIONS[args.precision]
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     bar = tqdm(total=epochs * len(loader), desc=f"{phase} phase", unit="batch")
@@ -115,13 +110,14 @@ def tune(phase, learner, loader, step, epochs, lr, args, record, report=dict):
         mean = torch.stack(losses).mean().item()
         if not math.isfinite(mean):
             bar.close()
-            kept = f"epoch {epoch - 1}'s prompts are kept in {record.folder}" if epoch > 1 else "no epoch was completed"
+            kept = f"epoch {epoch - 1}'s prompts are kept in {record.folder}" if epoch > 1 else "nothing to keep yet"
             raise ValueError(f"the loss of the {phase} phase is {mean} in epoch {epoch}: lower --lr; {kept}")
+        if hasattr(learner, "epoch_end"):
+            learner.epoch_end(epoch, epochs)
         bar.set_postfix(epoch=epoch, loss=f"{mean:.3f}")
         record.prompts(phase, learner)
-        seconds, size = time.perf_counter() - started, sum(sizes) / len(sizes)
-        record.epoch({"phase": phase, "epoch": epoch, "loss": mean, "lr": rate, "seconds": seconds,
-                      "candidates": size, **report()})
+        record.epoch({"phase": phase, "epoch": epoch, "loss": mean, "lr": rate, "candidates": sum(sizes) / len(sizes),
+                      "seconds": time.perf_counter() - started, **report()})
     bar.close()
     return {name: value.clone() for name, value in learner.state_dict().items()}
 
@@ -129,9 +125,8 @@ def tune(phase, learner, loader, step, epochs, lr, args, record, report=dict):
 def tune_row(method, args, task, clip_model, record):
     """Tunes one row; returns the learner, its prompts after phase 1 ("base") and at the end ("new")."""
     torch.manual_seed(args.seed)
-    learner = BACKBONES[args.backbone](clip_model, task.base_names, args.n_ctx, args.ctx_init)
+    learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
     transform = data.train_transform(clip_model.visual.input_resolution, task.crop_scale)
-    loading = {"seed": args.seed, "workers": args.workers, "pin_memory": args.device == "cuda"}
     mao, mao_lr = method == "mao", args.lr or MAO_LR
 
     # Phase 1, base classes: hard negatives and reg-B (section 3.2), or the plain backbone.
@@ -147,15 +142,17 @@ def tune_row(method, args, task, clip_model, record):
     def step(images, labels):
         return loss(learner, images, labels), len(candidates(labels)[0] if loss is base_step else task.base_names)
 
-    loader = data.training_loader(images, batches, phase=1, **loading)
-    base = tune("base", learner, loader, step, epochs, lr, args, record)
+    base = tune("base", learner, images, batches, step, epochs, lr, args, record)
     if not mao or args.no_new:
         return learner, {"base": base, "new": base}
 
     # Phase 2, new classes: unlabelled images, pseudo-labels and reg-N (section 3.3).
-    learner.set_classes(task.new_names)
-    foundation = ZeroShot(clip_model, task.new_names, FOUNDATION_TEMPLATE)
-    labeler = PseudoLabeler(foundation if args.pseudo_labeler == "clip" else learner)
+    foundation = ZeroShot(clip_model, task.new_names)  # "a photo of a {}."
+    labeler = PseudoLabeler(foundation)
+    if args.pseudo_labeler == "tuned":  # Table 5: the prompts as phase 1 left them
+        tuned = BACKBONES[args.backbone](clip_model, task.new_names, **args.settings)
+        tuned.load_state_dict(base)
+        labeler = PseudoLabeler(tuned)
     offset = len(task.base_names) if args.no_reg_new else 0  # the old candidates stay, before the new ones
     learner.set_classes(task.base_names + task.new_names if args.no_reg_new else task.new_names)
     images = data.Images(task.new_train, task.read, transform)
@@ -163,19 +160,18 @@ def tune_row(method, args, task, clip_model, record):
     guesses = []  # (indices, pseudo-labels) of an epoch: only the evaluation knows which are right
 
     def step(images, indices):
-        f = foundation.image_features(images)  # f(i_n): the labeler's, and the learner's where it prompts no images
-        pseudo_labels, _ = labeler(f)  # Eq. 7
+        f = foundation.image_features(images)  # f(i_n), frozen: encoded once, for all that can use it
+        pseudo_labels, _ = labeler(images if labeler.classifier.prompts_images else f)  # Eq. 7
         guesses.append((indices, pseudo_labels))
-        shared = images if learner.prompts_images else f
-        return new_step(learner, shared, pseudo_labels + offset), offset + len(task.new_names)
+        loss = new_step(learner, images if learner.prompts_images else f, pseudo_labels + offset, frozen_features=f)
+        return loss, offset + len(task.new_names)
 
     def report():
         indices, labels = (torch.cat(parts).cpu() for parts in zip(*guesses))
         guesses.clear()
         return {"pseudo_label_accuracy": evaluate.pseudo_label_accuracy(task.new_answers, indices, labels)}
 
-    loader = data.training_loader(images, batches, phase=2, **loading)
-    new = tune("new", learner, loader, step, args.epochs // 2, mao_lr, args, record, report)
+    new = tune("new", learner, images, batches, step, args.epochs // 2, mao_lr, args, record, report)
     return learner, {"base": base, "new": new}
 
 
@@ -183,12 +179,15 @@ def tune_row(method, args, task, clip_model, record):
 
 
 def prepare(args):
-    """The task, the frozen CLIP with its SHA-256, zero-shot CLIP, and the test features, computed once for all rows."""
+    """The task, the frozen CLIP with its SHA-256, zero-shot CLIP, and `tests`: a learner -> the batches to score it on
+    (features, encoded once for all rows, where the learner's image side is frozen)."""
     source = data.open_dataset(args.dataset, args.root, download=True)
     task = data.open_task(source, args.shots, args.unlabeled_shots, args.seed)
     clip_model, sha256 = load_clip(demo.WEIGHTS if args.clip == "demo" else args.clip, args.device)
     foundation = ZeroShot(clip_model, task.base_names, task.template)
-    return task, clip_model, sha256, foundation, evaluate.test_features(foundation, task, args.device, args.workers)
+    images = evaluate.test_images(task, clip_model.visual.input_resolution, args.workers)
+    features = evaluate.test_features(foundation, images, args.device)
+    return task, clip_model, sha256, foundation, lambda learner: images if learner.prompts_images else features
 
 
 def main(arguments=None):
@@ -200,6 +199,7 @@ def main(arguments=None):
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
                and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
     args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
+    args.settings = settings_of(BACKBONES[args.backbone], args)
     task, clip_model, sha256, foundation, tests = prepare(args)
     anchors, top_k = paper_batch(len(task.base_names))
     args.anchors, args.top_k = args.anchors or anchors, args.top_k or top_k
@@ -208,22 +208,21 @@ def main(arguments=None):
               "reg-B is plain cross-entropy (appendix B): lower --anchors or --top-k", file=sys.stderr)
     rows = []
     for method in args.method:
-        lr = args.lr or (MAO_LR if method == "mao" else BACKBONE_LR)
-        config = {**vars(args), "method": method, "lr": lr, "template": task.template, "crop_scale": task.crop_scale,
-                  "clip_sha256": sha256, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "warmup_lr": WARMUP_LR,
-                  "threads": torch.get_num_threads()}
+        config = {**vars(args), "method": method, "lr": args.lr or (MAO_LR if method == "mao" else BACKBONE_LR), **SGD,
+                  "warmup_lr": WARMUP_LR, "template": task.template, "crop_scale": task.crop_scale,
+                  "clip_sha256": sha256, "threads": torch.get_num_threads()}
         name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
         record = Record(pathlib.Path(args.out) / name, config)
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        learner, prompts = foundation, None
+        started, learner, prompts = time.perf_counter(), foundation, None
         if method != "zeroshot":
             learner, prompts = tune_row(method, args, task, clip_model, record)
-        cost = {"learnable_parameters": sum(p.numel() for p in learner.parameters()),
-                "seconds": time.perf_counter() - started, "peak_mib": peak_mib(args.device)}
-        rows.append((method, {**evaluate.score(learner, prompts, task, tests, args.device), **cost}))
-        record.result(rows[-1][1])
+        result = {"learnable_parameters": sum(p.numel() for p in learner.parameters()),
+                  "seconds": time.perf_counter() - started, "peak_mib": peak_mib(args.device)}
+        result |= evaluate.score(learner, prompts, task, tests(learner), args.device)
+        record.result(result)
+        rows.append((method, result))
     show(vars(args), rows, BACKBONES[args.backbone].__name__)
 
 
@@ -235,19 +234,13 @@ def score_again(args):
         task, clip_model, sha256, learner, tests = prepare(row)
         prompts = None
         if row.method != "zeroshot":
-            learner = BACKBONES[row.backbone](clip_model, task.base_names, row.n_ctx, row.ctx_init)
-            new = "new.safetensors" if (folder / "new.safetensors").is_file() else "base.safetensors"
-            prompts = {half: read_prompts(folder / name, row.backbone, sha256)
-                       for half, name in (("base", "base.safetensors"), ("new", new))}
-        result |= evaluate.score(learner, prompts, task, tests, args.device)
+            learner = BACKBONES[row.backbone](clip_model, task.base_names, **row.settings)
+            base, new = folder / "base.safetensors", folder / "new.safetensors"
+            prompts = {"base": read_prompts(base, row.backbone, sha256),
+                       "new": read_prompts(new if new.is_file() else base, row.backbone, sha256)}
+        result |= evaluate.score(learner, prompts, task, tests(learner), args.device)
         show(config, [(row.method, result)], BACKBONES[row.backbone].__name__)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    end("run.py", main)

@@ -1,5 +1,7 @@
 """The frozen CLIP as we run it equals clip's own; prompt learners hold their prompts alone."""
 
+import math
+
 import clip
 import pytest
 import safetensors.torch
@@ -7,7 +9,8 @@ import torch
 
 import demo
 import data
-from backbones import CoOp, ZeroShot, encode_images, load_clip, tokenize
+from backbones import (BACKBONES, TEMPLATES, CoOp, MaPLe, PromptLearner, PromptSRC, ZeroShot, load_clip, tokenize)
+from mao import base_step
 
 NAMES = ["blue circle", "red star", "green_hexagon"]
 
@@ -24,8 +27,9 @@ def clips_own(features):
 def test_we_run_clip_as_clip_does(small):
     images = torch.randn(3, 3, 32, 32)
     texts = clip.tokenize([f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
-    assert torch.allclose(encode_images(small, images), clips_own(small.encode_image(images)), atol=1e-6)
-    assert torch.allclose(ZeroShot(small, NAMES).text_features(), clips_own(small.encode_text(texts)), atol=1e-6)
+    zero_shot = ZeroShot(small, NAMES)
+    assert torch.allclose(zero_shot.image_features(images), clips_own(small.encode_image(images)), atol=1e-6)
+    assert torch.allclose(zero_shot.text_features(), clips_own(small.encode_text(texts)), atol=1e-6)
 
 
 def test_we_see_pixels_as_clip_does(small):
@@ -122,3 +126,74 @@ def test_a_resnet_clip_takes_coop():
 def test_tokens_are_cut_after_the_longest(small):
     tokens, ends = tokenize(small, ["a", "a photo of a blue circle."])
     assert tokens.shape[1] == ends.max() + 1 and (tokens[torch.arange(2), ends] == 49407).all()
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_every_backbone_moves_between_classes_and_candidates(small, backbone):
+    torch.manual_seed(1)
+    learner = BACKBONES[backbone](small, NAMES)
+    images = torch.randn(2, 3, 32, 32)
+    logits = learner(images)
+    assert torch.allclose(learner(images, torch.tensor([2, 0])), logits[:, [2, 0]], atol=1e-4)
+    learner.set_classes(NAMES[1:] + ["gray moon"])
+    assert torch.allclose(learner(images)[:, :2], logits[:, 1:], atol=1e-4)
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    other = BACKBONES[backbone](small, NAMES)
+    other.load_state_dict(before)
+    assert torch.allclose(other(images), logits, atol=1e-4)
+    assert learner.prompts_images == any(p.grad is not None for p in learner.parameters()
+                                         if learner.image_features(images).requires_grad
+                                         and not learner.image_features(images).sum().backward())
+
+
+def test_depths_come_from_the_model(small):
+    assert len(MaPLe(small, NAMES).text_prompts) == 3  # of 4 layers, the first is ctx
+    assert len(PromptSRC(small, NAMES).visual_prompts) == 4
+    assert MaPLe(small, NAMES, depth=1).deep_text() == []
+    for refused in (lambda: MaPLe(small, NAMES, depth=5), lambda: PromptSRC(small, NAMES, depth_vision=5)):
+        with pytest.raises(ValueError, match="a prompt depth of 5 does not fit: this CLIP takes 1 to 4 layers"):
+            refused()
+
+
+def test_the_papers_parameter_counts():
+    """At ViT-B/16's sizes: Table 3 has 8K for CoOp with 16 vectors and 3.55M for MaPLe."""
+    with torch.device("meta"):
+        large = clip.model.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
+    large.token_embedding = torch.nn.Embedding(49408, 512)  # the one part that a constructor computes with
+    large.positional_embedding = torch.nn.Parameter(torch.zeros(77, 512))
+    count = {name: sum(p.numel() for p in cls(large, NAMES, **options).parameters())
+             for name, cls, options in (("coop", CoOp, {"n_ctx": 16}), ("maple", MaPLe, {}), ("src", PromptSRC, {}))}
+    assert count == {"coop": 8192, "maple": 3_555_072, "src": 4 * 9 * (512 + 768)}
+
+
+def test_a_resnet_cannot_take_image_prompts():
+    model = clip.model.CLIP(64, 32, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 2).eval().requires_grad_(False)
+    for cls in (MaPLe, PromptSRC):
+        with pytest.raises(ValueError, match="this CLIP has a ResNet"):
+            cls(model, NAMES)
+
+
+def test_promptsrc_averages_its_epochs(small):
+    """Gaussian weights around epoch 15: of two epochs the second weighs 1 / (1 + exp(-13.5))."""
+    learner = PromptSRC(small, NAMES)
+    with torch.no_grad():
+        for epoch, value in ((1, 0.0), (2, 1.0)):
+            for parameter in learner.parameters():
+                parameter.fill_(value)
+            learner.epoch_end(epoch, 2)
+    assert learner.ctx.flatten()[0].item() == pytest.approx(1 / (1 + math.exp(-13.5)), abs=1e-7)
+    assert len(set(TEMPLATES)) == 60 and all(template.count("{}") == 1 for template in TEMPLATES)
+
+
+def test_promptsrc_under_mao_encodes_all_classes_once(small, monkeypatch):
+    calls = []
+    learner = PromptSRC(small, NAMES)
+    monkeypatch.setattr(PromptSRC, "text_features",
+                        lambda self, classes=None: calls.append(classes) or PromptLearner.text_features(self, classes))
+    loss = base_step(learner, torch.randn(2, 3, 32, 32), torch.tensor([2, 0]))
+    assert calls == [None] and loss.requires_grad
+    # Frozen features that the caller has already are taken as they are.
+    images = torch.randn(2, 3, 32, 32)
+    f, g = learner.image_features(images), PromptLearner.text_features(learner)
+    frozen = ZeroShot(small, NAMES).image_features(images)
+    assert torch.equal(learner.other_losses(images, f, g), learner.other_losses(None, f, g, frozen_features=frozen))

@@ -14,8 +14,10 @@ import safetensors
 import safetensors.torch
 
 import data
+import demo
 import evaluate
 import run
+from backbones import BACKBONES, load_clip
 
 ROWS = ("zeroshot", "backbone", "mao")
 
@@ -77,6 +79,39 @@ def test_the_embedded_default(command, tmp_path):
     assert 16 < line["candidates"] <= 32  # b*K = 32 of 50 classes, duplicates deleted
 
 
+@pytest.mark.parametrize("backbone", ["maple", "promptsrc"])
+def test_backbones_that_prompt_the_image_side(tune, command, backbone):
+    code, out, err, runs = tune("--backbone", backbone, "--method", "backbone", "mao", "--depth", 2,
+                                "--pseudo-labeler", "tuned")
+    assert code == 0, err
+    folders = [next(runs.glob(f"eurosat-{backbone}-{method}-*")) for method in ("backbone", "mao")]
+    settings = json.loads((folders[1] / "config.json").read_text())["settings"]
+    assert settings["depth"] == 2 and settings["n_ctx"] == (2 if backbone == "maple" else 4)
+    code, again, err = command("run.py", "--eval", *folders)
+    assert code == 0, err
+    tables = [[line.split() for line in text.splitlines() if "MiB" in line] for text in (out, again)]
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
+@pytest.mark.parametrize("backbone, precision", [("coop", "bf16"), ("coop", "fp16"), ("promptsrc", "bf16")])
+def test_half_precision_follows_float32(command, tmp_path, backbone, precision):
+    """Two epochs on the demo, the second at the full learning rate: losses within 1%, the prompts' way within 10%."""
+    found = []
+    for kind in ("fp32", precision):
+        code, _, err = command("run.py", "--backbone", backbone, "--method", "backbone", "--shots", 2, "--epochs", 2,
+                               "--precision", kind, "--workers", 0, "--out", tmp_path / kind)
+        assert code == 0, err
+        folder, = (tmp_path / kind).iterdir()
+        prompts = safetensors.torch.load_file(folder / "base.safetensors")
+        found.append(([line["loss"] for line in lines(folder)], prompts))
+    (losses, prompts), (half_losses, half_prompts) = found
+    assert half_losses == pytest.approx(losses, rel=0.01) and half_losses != losses
+    run.torch.manual_seed(1)
+    start = BACKBONES[backbone](load_clip(demo.WEIGHTS)[0], ["a"]).ctx
+    way, half_way = prompts["ctx"] - start, half_prompts["ctx"] - start
+    assert half_prompts["ctx"].dtype == run.torch.float32 and (half_way - way).norm() < 0.1 * way.norm()
+
+
 def test_the_same_bits_whatever_the_workers(tune):
     files = []
     for workers in (0, 2):
@@ -132,7 +167,7 @@ def test_the_learning_rate_by_hand():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "eurosatt"], "there is no dataset 'eurosatt': did you mean eurosat"),
-    (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop'"),
+    (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop', 'maple', 'promptsrc'"),
     (["--top-k", "6"], "top-k is 6, but there are 5 classes"),
     (["--shots", "0"], "0 is not a number of 1 or more"),
     (["--epochs", "1"], "1 is not a number of 2 or more"),
@@ -140,6 +175,8 @@ def test_the_learning_rate_by_hand():
     (["--clip", "nowhere.pt"], "there is no CLIP 'nowhere.pt'"),
     (["--clip", __file__], "is not a CLIP checkpoint"),
     (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
+    (["--depth", "2"], "--depth is no setting of coop"),
+    (["--backbone", "maple", "--depth", "5"], "a prompt depth of 5 does not fit"),
     (["--eval", "nowhere"], "config.json is missing"),
 ])
 def test_bad_input_is_one_sentence(tune, arguments, message):
