@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "eurosat": Layout("eurosat", "2750", "split_zhou_EuroSAT.json", "a centered satellite photo of {}.",
-                      "https://madm.dfki.de/files/sentinel/EuroSAT.zip"),
+                      "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)"),
 }
 EUROSAT_NAMES = {  # CoOp's names for EuroSAT's folders
     "AnnualCrop": "Annual Crop Land", "Forest": "Forest", "HerbaceousVegetation": "Herbaceous Vegetation Land",
@@ -78,7 +78,7 @@ def open_dataset(name, root="data", download=False):
         domain = name.removeprefix("demo-") if name != "demo" else demo.DEFAULT
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name not in LAYOUTS:
-        near = difflib.get_close_matches(name, DATASETS, 3, 0.4) or DATASETS
+        near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")
     layout = LAYOUTS[name]
     folder = pathlib.Path(root) / layout.folder

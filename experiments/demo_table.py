@@ -1,7 +1,8 @@
 """The README's tables of the demo: backbones with and without MAO, over domains and seeds.
 
-    python -m experiments.demo_table                                  the default domain, seeds 1-3
-    python -m experiments.demo_table --domains all                    all eleven, seeds 1-3
+    python -m experiments.demo_table                                        CoOp on the default domain, seeds 1-3
+    python -m experiments.demo_table --domains all                          CoOp on all eleven
+    python -m experiments.demo_table --backbones coop maple promptsrc       all backbones on the default domain
 
 Rows already in --out are taken as they are with --reuse. Averages as in the paper's tables: Base and New are averaged
 first, H is the harmonic mean of the averages.
@@ -78,18 +79,20 @@ def main():
         for done, _ in enumerate(pool.imap_unordered(tune, jobs), 1):
             print(f"run {done} of {len(jobs)} done", flush=True)
 
+    rows = [("zero-shot CLIP", args.backbones[0], "zeroshot")]
     for backbone in args.backbones:
         name = BACKBONES[backbone].__name__
-        print(f"\n| domain | row | Base | New | H | pseudo-labels right |\n|---|---|---|---|---|---|")
-        for domain in domains:
-            for method, label in zip(ROWS, ("zero-shot CLIP", name, f"{name} + MAO")):
-                found = scores(args.out, domain, backbone, method, args.seeds)
-                print(f"| {domain} | {label} | " + " | ".join(map(cell, found.values())) + " |")
-        if len(domains) > 1:
-            for method, label in zip(ROWS, ("zero-shot CLIP", name, f"{name} + MAO")):
-                every = [scores(args.out, domain, backbone, method, args.seeds) for domain in domains]
-                base, new = (statistics.mean(statistics.mean(found[key]) for found in every) for key in ("base", "new"))
-                print(f"| **average** | {label} | {base:.2f} | {new:.2f} | {harmonic_mean(base, new):.2f} | |")
+        rows += [(name, backbone, "backbone"), (f"{name} + MAO", backbone, "mao")]
+    print("\n| domain | row | Base | New | H | pseudo-labels right |\n|---|---|---|---|---|---|")
+    for domain in domains:
+        for label, backbone, method in rows:
+            found = scores(args.out, domain, backbone, method, args.seeds)
+            print(f"| {domain} | {label} | " + " | ".join(map(cell, found.values())) + " |")
+    if len(domains) > 1:
+        for label, backbone, method in rows:
+            every = [scores(args.out, domain, backbone, method, args.seeds) for domain in domains]
+            base, new = (statistics.mean(statistics.mean(found[key]) for found in every) for key in ("base", "new"))
+            print(f"| **average** | {label} | {base:.2f} | {new:.2f} | {harmonic_mean(base, new):.2f} | |")
 
 
 if __name__ == "__main__":

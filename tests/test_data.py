@@ -115,6 +115,17 @@ def test_no_split_file_means_coops_rule(eurosat, capsys):
     assert data.open_dataset("eurosat", eurosat).split == first and capsys.readouterr().err == ""
 
 
+def test_a_download_is_moved_in_when_it_is_whole(eurosat, monkeypatch):
+    def fetch(root, download):
+        (data.pathlib.Path(root) / "eurosat").mkdir()
+        (eurosat / "images").rename(data.pathlib.Path(root) / "eurosat" / "2750")
+
+    (eurosat / "eurosat" / "2750").rename(eurosat / "images")
+    monkeypatch.setattr(data.torchvision_datasets, "EuroSAT", fetch)
+    source = data.open_dataset("eurosat", eurosat, download=True)
+    assert source.image_folder.is_dir() and sorted(path.name for path in eurosat.iterdir()) == ["eurosat"]
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor the images"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [1]'), "is not a split file"),
