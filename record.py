@@ -43,6 +43,9 @@ def write(path, content):
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or give another folder with --out"
+                      ) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -70,7 +73,10 @@ class Record:
 
     def __init__(self, folder, config):
         self.folder, self.config, self.metrics = pathlib.Path(folder), config, []
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Tunes prompts with and without MAO on a base-to-new task, and scores them (Table 1).
 
-    python run.py                                        the embedded demo: no network, no GPU, about 2 minutes
+    python run.py                                        the embedded demo: no network, no GPU, under 3 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
     python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
 """
@@ -70,8 +70,8 @@ def settings(arguments=None):
     add = parser.add_argument_group("machine and files").add_argument
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, or cpu")
-    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that load images (default: one a core, 8 at most)")
+    add("--workers", type=at_least(0), metavar="N",
+        help="processes that load images (default: one a core, 8 at most; on the demo 0, which is faster)")
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
     add("--eval", nargs="+", metavar="RUN", help="score these folders of finished rows again, tune nothing")
     return parser, parser.parse_args(arguments)
@@ -91,7 +91,7 @@ def tune(phase, learner, images, batches, step, epochs, lr, args, record, report
     optimiser = torch.optim.SGD(learner.parameters(), lr, **SGD)
     precision = PRECISIONS[args.precision]
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    bar = tqdm(total=epochs * len(loader), desc=f"{phase} phase", unit="batch")
+    bar = tqdm(total=epochs * len(loader), desc=f"{record.config['method']}, {phase} phase", unit="batch")
     for epoch in range(1, epochs + 1):
         started, losses, sizes = time.perf_counter(), [], []
         optimiser.param_groups[0]["lr"] = rate = learning_rate(epoch, epochs, lr)
@@ -199,6 +199,8 @@ def main(arguments=None):
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
                and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
     args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
+    if args.workers is None:
+        args.workers = 0 if args.dataset in data.DEMOS else min(8, os.cpu_count() or 1)
     args.settings = settings_of(BACKBONES[args.backbone], args)
     task, clip_model, sha256, foundation, tests = prepare(args)
     anchors, top_k = paper_batch(len(task.base_names))
@@ -230,7 +232,7 @@ def score_again(args):
     """--eval: the scores of finished rows from what they left behind, to the same digits."""
     for folder in map(pathlib.Path, args.eval):
         config, result = read_folder(folder)
-        row = argparse.Namespace(**{**config, "device": args.device, "workers": args.workers})
+        row = argparse.Namespace(**{**config, "device": args.device, "workers": args.workers or 0})
         task, clip_model, sha256, learner, tests = prepare(row)
         prompts = None
         if row.method != "zeroshot":

@@ -226,8 +226,13 @@ def test_a_full_disk(tune, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     code, _, err, runs = tune("--method", "backbone")
-    assert code == 2 and "No space left on device" in err and "Traceback" not in err
+    assert code == 2 and "config.json (No space left on device): make room" in err and "Traceback" not in err
     assert not [path for path in runs.rglob("*") if path.is_file()]
+
+
+def test_an_out_that_cannot_be_a_folder(tune, eurosat):
+    code, _, err, _ = tune("--method", "backbone", out="datasets/eurosat/split_zhou_EuroSAT.json")
+    assert code == 2 and "cannot make the folder" in err and "Traceback" not in err
 
 
 def test_prompts_of_another_clip_or_backbone(tune, command):
