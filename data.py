@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
+from tqdm import tqdm
 
 import demo
 from command import Parser, at_least, end
@@ -256,8 +257,10 @@ def test_transform(pixels):
         transforms.CenterCrop(pixels), transforms.PILToTensor()])
 
 
-def normalise_pixels(images):
-    """Pixels as CLIP wants them: uint8 [B, 3, h, w], which travel from workers to the device, -> float32."""
+def model_input(images):
+    """What a loader brings, in float32 as CLIP wants it: uint8 pixels [B, 3, h, w] normalised, features [B, d] kept."""
+    if images.ndim == 2:
+        return images.float()
     return transforms.functional.normalize(images.float() / 255, PIXEL_MEAN, PIXEL_STD)
 
 
@@ -285,6 +288,32 @@ class Images(Dataset):
         return image, (index if self.labels is None else self.labels[index])
 
 
+class CachedViews(Dataset):
+    """V augmented views of each picture of an `Images`, encoded once: (features [d], label or index).
+
+    encode: uint8 images [B, 3, h, w] -> features [B, d] of the frozen image encoder, kept in half precision. A key is
+    (index, augmentation seed), which picks the view. The views come from `seed` and `phase` alone.
+    """
+
+    def __init__(self, images, views, encode, seed, phase, workers=0):
+        keys = [(index, augmentation_seed(seed, phase, 0, view * len(images) + index))
+                for view in range(views) for index in range(len(images))]
+        batches = [keys[i : i + 128] for i in range(0, len(keys), 128)]
+        width = encode(images[keys[0]][0][None]).shape[1]
+        size = f"{len(keys) * width * 2 / 2**20:.1f} MiB"
+        loader = tqdm(DataLoader(images, batch_sampler=batches, num_workers=workers), f"caching {views} views, {size}")
+        features, labels = zip(*((encode(pictures).half().cpu(), labels) for pictures, labels in loader))
+        self.features = torch.cat(features).unflatten(0, (views, -1))  # [V, N, d]
+        self.labels = torch.cat(labels)[: len(images)]
+
+    def __len__(self):
+        return self.features.shape[1]
+
+    def __getitem__(self, key):
+        index, seed = key
+        return self.features[seed % len(self.features), index], self.labels[index]
+
+
 class ShuffledBatches:
     """Batches of a random order; a last incomplete one is dropped where a full one exists (notes: the release's)."""
 
@@ -301,6 +330,11 @@ class ShuffledBatches:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
+
+
+def augmentation_seed(*parts):
+    """One seed from (run's seed, phase, epoch, position): the same wherever and whenever the image is loaded."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class SeededBatches:
@@ -323,14 +357,18 @@ class SeededBatches:
         for batch in self.batches:
             keys = []
             for index in batch:
-                state = np.random.SeedSequence((self.seed, self.phase, self.batches.epoch, position))
-                keys.append((index, int(state.generate_state(1)[0])))
+                keys.append((index, augmentation_seed(self.seed, self.phase, self.batches.epoch, position)))
                 position += 1
             yield keys
 
 
-def training_loader(images, batches, seed, phase, workers=0, pin_memory=False):
-    """The loader of a phase (1 or 2); `loader.batch_sampler.set_epoch(e)` starts epoch e. Workers stay up."""
+def training_loader(images, batches, seed, phase, workers=0, pin_memory=False, views=None, encode=None):
+    """The loader of a phase (1 or 2); `loader.batch_sampler.set_epoch(e)` starts epoch e. Workers stay up.
+
+    views, encode: as of `CachedViews`, whose features then take the images' place.
+    """
+    if views:
+        images, workers = CachedViews(images, views, encode, seed, phase, workers), 0
     return DataLoader(images, batch_sampler=SeededBatches(batches, seed, phase), num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=pin_memory)
 

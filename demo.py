@@ -181,7 +181,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
     from torch.nn import functional as F
     from tqdm import tqdm
 
-    from data import normalise_pixels
+    from data import model_input
 
     torch.set_num_threads(2)
     torch.manual_seed(seed)
@@ -206,7 +206,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
         tokens = torch.searchsorted(used, clip.tokenize(captions))
         tokens = tokens[:, : tokens.argmax(1).max() + 1]  # the longest caption's positions, not all 77
 
-        image = F.normalize(model.encode_image(normalise_pixels(pictures.permute(0, 3, 1, 2))), dim=-1)  # [B, d]
+        image = F.normalize(model.encode_image(model_input(pictures.permute(0, 3, 1, 2))), dim=-1)  # [B, d]
         text = F.normalize(model.encode_text(tokens), dim=-1)  # [B, d]
         logits = model.logit_scale.exp() * image @ text.T
         same = torch.tensor([[float(a == b) for b in captions] for a in captions])

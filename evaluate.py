@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Images, normalise_pixels, test_transform
+from data import Images, model_input, test_transform
 
 
 def test_images(task, pixels, workers=0, batch_size=256):
@@ -27,7 +27,7 @@ def test_features(model, loaders, device):
 
     Computed once, for every row whose image side is frozen.
     """
-    return {half: [(model.image_features(normalise_pixels(images.to(device))), labels)
+    return {half: [(model.image_features(model_input(images.to(device))), labels)
                    for images, labels in tqdm(batches, desc=f"{half} test images", unit="batch")]
             for half, batches in loaders.items()}
 
@@ -38,8 +38,7 @@ def accuracy(learner, batches, device):
     text_features = learner.text_features()  # [C, d]
     right = total = 0
     for images, labels in batches:
-        images = normalise_pixels(images.to(device)) if images.ndim == 4 else images
-        predicted = (learner.image_features(images) @ text_features.T).argmax(dim=-1).cpu()
+        predicted = (learner.image_features(model_input(images.to(device))) @ text_features.T).argmax(dim=-1).cpu()
         right += (predicted == labels).sum().item()
         total += len(labels)
     return 100 * right / total

@@ -69,10 +69,12 @@ def versions():
 
 
 class Record:
-    """Writes the folder of one row. Files of an earlier run in the same folder go first."""
+    """Writes the folder of one row. Files of an earlier run in it go first; a GPU's peak memory starts anew."""
 
     def __init__(self, folder, config):
         self.folder, self.config, self.metrics = pathlib.Path(folder), config, []
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

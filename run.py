@@ -60,18 +60,17 @@ def settings(arguments=None):
     add("--batch-size", default=32, **count, help="of the backbone and of MAO's new phase (default: 32)")
     add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
+    add("--cache-views", **count, help="coop: encode N views of each image once, draw from them (default: none)")
     add = parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument
     add("--no-base", action="store_true", help="phase 1 is the plain backbone with all its epochs (Table 4 b)")
     add("--no-new", action="store_true", help="stop after phase 1 (Tables 4 a and 8 c)")
     add("--no-reg-base", action="store_true", help="phase 1: cross-entropy over all base classes, not Eq. 6")
     add("--no-reg-new", action="store_true", help="phase 2: over base and new classes, not Eq. 8 (Table 4 c)")
-    add("--pseudo-labeler", choices=["clip", "tuned"], default="clip",
-        help="Eq. 7 by the foundation CLIP, or by the prompts after phase 1 (default: clip; Table 5)")
+    add("--pseudo-labeler", choices=["clip", "tuned"], default="clip", help="Eq. 7's CLIP (default: clip; Table 5)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, or cpu")
-    add("--workers", type=at_least(0), metavar="N",
-        help="processes that load images (default: one a core, 8 at most; on the demo 0, which is faster)")
+    add("--workers", type=at_least(0), metavar="N", help="load images (default: a core each, at most 8; demo: none)")
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
     add("--eval", nargs="+", metavar="RUN", help="score these folders of finished rows again, tune nothing")
     return parser, parser.parse_args(arguments)
@@ -87,7 +86,9 @@ def learning_rate(epoch, epochs, lr):
 
 def tune(phase, learner, images, batches, step, epochs, lr, args, record, report=dict):
     """One phase by SGD. step(images, labels or indices) -> (loss, H). The prompts are kept after every epoch."""
-    loader = data.training_loader(images, batches, args.seed, PHASES.index(phase), args.workers, args.device == "cuda")
+    loader = data.training_loader(
+        images, batches, args.seed, PHASES.index(phase), args.workers, args.device == "cuda", args.cache_views,
+        encode=lambda images: learner.image_features(data.model_input(images.to(args.device))))
     optimiser = torch.optim.SGD(learner.parameters(), lr, **SGD)
     precision = PRECISIONS[args.precision]
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
@@ -97,7 +98,7 @@ def tune(phase, learner, images, batches, step, epochs, lr, args, record, report
         optimiser.param_groups[0]["lr"] = rate = learning_rate(epoch, epochs, lr)
         loader.batch_sampler.set_epoch(epoch)
         for images, labels in loader:
-            images = data.normalise_pixels(images.to(args.device, non_blocking=True))
+            images = data.model_input(images.to(args.device, non_blocking=True))
             with torch.autocast(args.device, precision, enabled=precision != torch.float32):
                 loss, size = step(images, labels)
             optimiser.zero_grad()
@@ -199,9 +200,11 @@ def main(arguments=None):
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
                and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
     args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
-    if args.workers is None:
+    if args.workers is None:  # the demo draws its images faster than a worker hands them over
         args.workers = 0 if args.dataset in data.DEMOS else min(8, os.cpu_count() or 1)
     args.settings = settings_of(BACKBONES[args.backbone], args)
+    if args.cache_views and BACKBONES[args.backbone].prompts_images:
+        raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
     task, clip_model, sha256, foundation, tests = prepare(args)
     anchors, top_k = paper_batch(len(task.base_names))
     args.anchors, args.top_k = args.anchors or anchors, args.top_k or top_k
@@ -215,8 +218,6 @@ def main(arguments=None):
                   "clip_sha256": sha256, "threads": torch.get_num_threads()}
         name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
         record = Record(pathlib.Path(args.out) / name, config)
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         started, learner, prompts = time.perf_counter(), foundation, None
         if method != "zeroshot":
             learner, prompts = tune_row(method, args, task, clip_model, record)

@@ -160,6 +160,25 @@ def test_ablations(tune, switch, phases, candidates):
         assert low <= line["candidates"] <= high
 
 
+def test_cached_views(tune):
+    """Every view is one that the transform gives, and the phases run on them; a prompted image side refuses."""
+    code, _, err, runs = tune("--cache-views", 3)
+    assert code == 0 and "caching 3 views, 0.0 MiB" in err, err
+    assert only(runs, "mao").name.endswith("-cache-views3") and len(lines(only(runs, "mao"))) == 4
+    code, _, err, _ = tune("--cache-views", 3, "--backbone", "maple")
+    assert code == 2 and "--cache-views needs a frozen image side, which maple prompts" in err
+
+
+def test_cached_views_are_the_augmented_images():
+    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
+    images = data.Images(task.new_train, task.read, data.train_transform(32, (0.3, 1)))
+    cached = data.CachedViews(images, 4, lambda pictures: pictures.flatten(1) / 255, seed=1, phase=2)
+    features, index = cached[7, 13]
+    again, _ = images[7, data.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
+    assert index == 7 and (features.float() - again.flatten() / 255).abs().max() < 1e-3
+    assert len({bytes(cached[7, view][0].numpy().tobytes()) for view in range(4)}) == 4
+
+
 def test_the_learning_rate_by_hand():
     rates = [run.learning_rate(epoch, 4, 0.1) for epoch in (1, 2, 3, 4)]
     assert rates == pytest.approx([1e-5, 0.1, 0.05 * (1 + 0.5**0.5), 0.05])
