@@ -175,17 +175,16 @@ def caption(classname, light, rng):
 
 def pretrain(path, steps=2500, pairs=128, seed=0):
     """Trains a `clip.model.CLIP` contrastively on the world and writes its weights, in half precision, to `path`."""
-    import clip
     import torch
-    from clip.model import CLIP
     from torch.nn import functional as F
     from tqdm import tqdm
 
+    from backbones import clip
     from data import model_input
 
     torch.set_num_threads(2)
     torch.manual_seed(seed)
-    model = CLIP(128, SIZE, 4, 128, 8, 77, 49408, 128, 2, 4)
+    model = clip.model.CLIP(128, SIZE, 4, 128, 8, 77, 49408, 128, 2, 4)
     whole_embedding = model.token_embedding
 
     # The world uses some 40 of CLIP's 49,408 tokens: train those rows alone.

@@ -19,11 +19,9 @@ import time
 
 import numpy as np
 import torch
-from clip.model import CLIP
 from torch.nn import functional as F
 
-import clip
-from backbones import BACKBONES, ZeroShot, frozen_image_features
+from backbones import BACKBONES, ZeroShot, clip, frozen_image_features
 from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
 from record import write
@@ -33,9 +31,9 @@ FLOWERS = """pink primrose; hard-leaved pocket orchid; canterbury bells; sweet p
 orchid; bird of paradise; monkshood; globe thistle; snapdragon; colt's foot; king protea; spear thistle; yellow iris;
 globe-flower; purple coneflower; peruvian lily; balloon flower; giant white arum lily; fire lily; pincushion flower;
 fritillary; red ginger; grape hyacinth; corn poppy; prince of wales feathers; stemless gentian; artichoke; sweet
-william; carnation; garden phlox; love in the mist; mexican aster; alpine sea holly; ruby-lipped cattleya; cape flower; great
-masterwort; siam tulip; lenten rose; barbeton daisy; daffodil; sword lily; poinsettia; bolero deep blue; wallflower;
-marigold; buttercup; oxeye daisy; common dandelion; petunia""".replace("\n", " ").split("; ")
+william; carnation; garden phlox; love in the mist; mexican aster; alpine sea holly; ruby-lipped cattleya; cape
+flower; great masterwort; siam tulip; lenten rose; barbeton daisy; daffodil; sword lily; poinsettia; bolero deep blue;
+wallflower; marigold; buttercup; oxeye daisy; common dandelion; petunia""".replace("\n", " ").split("; ")
 SIZES = {  # clip.model.CLIP's: embedding, pixels, layers, width, patch; context, vocabulary, text width, heads, layers
     "vit-b/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
     "tiny": (64, 32, 4, 64, 8, 77, 49408, 64, 1, 4),
@@ -45,7 +43,7 @@ BATCH, SHOTS, VIEWS, EPOCHS = 32, 16, 8, 10
 
 def random_clip(sizes, device):
     torch.manual_seed(0)
-    model = CLIP(*SIZES[sizes])
+    model = clip.model.CLIP(*SIZES[sizes])
     torch.nn.init.constant_(model.logit_scale, np.log(100))
     return model.eval().requires_grad_(False).to(device)
 
