@@ -109,10 +109,10 @@ def tune(phase, learner, images, batches, step, epochs, lr, args, record, report
             sizes.append(size)
             bar.update()
         mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
+        if not math.isfinite(mean) or not all(p.isfinite().all() for p in learner.parameters()):
             bar.close()
             kept = f"epoch {epoch - 1}'s prompts are kept in {record.folder}" if epoch > 1 else "nothing to keep yet"
-            raise ValueError(f"the loss of the {phase} phase is {mean} in epoch {epoch}: lower --lr; {kept}")
+            raise ValueError(f"the {phase} phase diverged in epoch {epoch}, its loss is {mean}: lower --lr; {kept}")
         if hasattr(learner, "epoch_end"):
             learner.epoch_end(epoch, epochs)
         bar.set_postfix(epoch=epoch, loss=f"{mean:.3f}")
