@@ -141,8 +141,8 @@ def tokenize(clip_model, texts):
         tokens = clip.tokenize(texts, context_length=clip_model.context_length)
     except RuntimeError as error:
         longest = max(texts, key=len)
-        raise ValueError(f"the prompt '{longest}' does not fit CLIP's {clip_model.context_length} positions: shorten "
-                         "the class name or the context") from error
+        raise ValueError(f"the prompt '{longest[:20]} ... {longest[-40:]}' does not fit CLIP's "
+                         f"{clip_model.context_length} positions: take fewer contexts or a shorter name") from error
     ends = tokens.argmax(dim=-1)
     device = clip_model.positional_embedding.device
     return tokens[:, : ends.max() + 1].to(device), ends.to(device)
@@ -283,7 +283,8 @@ class CoOp(PromptLearner):
 
 class MaPLe(PromptLearner):
     """MaPLe [9]: contexts on both sides before each of the first `depth` layers (9, or all where there are fewer); the
-    visual one is a Linear of the textual one. The text starts as "a photo of a", its first n_ctx tokens are learned.
+    visual one is a Linear of the textual one. The text starts as "a photo of a", its first n_ctx tokens are learned
+    (from 5 on, they start at random).
     """
 
     prompts_images = True
@@ -309,7 +310,8 @@ class MaPLe(PromptLearner):
 
 class PromptSRC(PromptLearner):
     """PromptSRC [6]: independent contexts on both sides of the first layers (9, or all where there are fewer), held
-    near frozen CLIP by three losses and averaged over the epochs. The text starts as "a photo of a".
+    near frozen CLIP by three losses and averaged over the epochs. The text starts as "a photo of a" (from 5
+    contexts on, at random).
 
     text_weight, image_weight: of the L1 losses. average_mean, average_std: of the Gaussian over epochs; MAO's phases
     have 10, of which the last one weighs 0.996, so that aggregation is nearly off, as in the authors' release.

@@ -17,10 +17,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least):
-    """An argument's type: a finite number of `least` or more, of the type of `least`."""
+    """An argument's type: a number of `least` or more, of the type of `least`."""
     def number(text):
-        if not least <= (value := type(least)(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of {least} or more")
+        try:
+            value = type(least)(text)
+        except ValueError:
+            value = math.nan
+        whole = isinstance(least, int)
+        if not least <= value < (2**63 if whole else math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * whole}number of {least} or more")
         return value
     return number
 
@@ -46,6 +51,7 @@ def end(name, main):
     try:
         main()
     except KeyboardInterrupt:
+        print(f"\n{name}: stopped; what was finished is kept", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)

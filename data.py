@@ -29,6 +29,7 @@ import demo
 from command import Parser, at_least, end
 from sampler import paper_batch
 
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -121,8 +122,11 @@ def split_folders(images, names, seed=1):
     """CoOp's rule for a folder of class folders: sorted, shuffled per class, 50% train, 20% val, 30% test."""
     rng = random.Random(seed)
     split = {"train": [], "val": [], "test": []}
-    for label, folder in enumerate(sorted(path for path in images.iterdir() if path.is_dir())):
-        files = sorted(f"{folder.name}/{path.name}" for path in folder.iterdir())
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    if names and {folder.name for folder in folders} != set(names):
+        raise ValueError(f"{images} does not hold the folders {', '.join(names)} and only those: get it again")
+    for label, folder in enumerate(folders):
+        files = sorted(f"{folder.name}/{path.name}" for path in folder.iterdir() if path.suffix.lower() in PICTURES)
         rng.shuffle(files)
         train, val = round(len(files) * 0.5), round(len(files) * 0.2)
         for part, chosen in zip(split, (files[:train], files[train : train + val], files[train + val :])):
@@ -132,7 +136,10 @@ def split_folders(images, names, seed=1):
 
 def download_eurosat(folder, layout):
     """Fetches EuroSAT by torchvision, beside its place, and moves it there when it is whole."""
-    part = folder.parent / f".{folder.name}.part"
+    root = folder.parent
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--root {root} is a file: give the folder that holds '{folder.name}'")
+    part, made = root / f".{folder.name}.part", not root.exists()
     try:
         part.mkdir(parents=True, exist_ok=True)
         torchvision_datasets.EuroSAT(str(part), download=True)
@@ -144,6 +151,8 @@ def download_eurosat(folder, layout):
             f"{layout.source} by hand and unpack it there, or point --root at CoOp's data folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if made and not any(root.iterdir()):
+            root.rmdir()
 
 
 # The few-shot draw and the halves -------------------------------------------------------------------------------------
@@ -328,6 +337,7 @@ class ShuffledBatches:
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
+        self.epoch += 1
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -353,11 +363,11 @@ class SeededBatches:
         return len(self.batches)
 
     def __iter__(self):
-        position = 0
+        position, epoch = 0, self.batches.epoch
         for batch in self.batches:
             keys = []
             for index in batch:
-                keys.append((index, augmentation_seed(self.seed, self.phase, self.batches.epoch, position)))
+                keys.append((index, augmentation_seed(self.seed, self.phase, epoch, position)))
                 position += 1
             yield keys
 
@@ -379,11 +389,12 @@ def training_loader(images, batches, seed, phase, workers=0, pin_memory=False, v
 def main():
     parser = Parser("data.py", __doc__)
     parser.add_argument("name", help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument("--root", default="data", help="the folder that holds the datasets (default: data)")
-    parser.add_argument("--shots", type=at_least(1), default=16, help="images a class (default: 16)")
-    parser.add_argument("--seed", type=at_least(0), default=1, help="of the few-shot draw (default: 1)")
+    parser.add_argument("--root", default="data", metavar="DIR", help="the folder of the datasets (default: data)")
+    parser.add_argument("--shots", type=at_least(1), default=16, metavar="N", help="images a class (default: 16)")
+    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of the few-shot draw (default: 1)")
     parser.add_argument("--list", choices=["train", "base", "new", "test"],
-                        help="one image a line, path<TAB>label<TAB>class name, in the order drawn")
+                        help="one image a line, path<TAB>label<TAB>class name, in the order drawn: the whole draw "
+                        "(train) or test list with the split's labels, or a half of the draw with labels from 0")
     args = parser.parse_args()
     source = open_dataset(args.name, args.root)
     task = open_task(source, args.shots, seed=args.seed)

@@ -1,7 +1,6 @@
 """The embedded default: a small world of images and captions, and a real CLIP pretrained on it.
 
-    python demo.py --pretrain         makes assets/demo-clip.pt again, from nothing (2 cores: about 15 minutes)
-    python demo.py --picture FILE     draws the eleven domains beside what pretraining saw
+    python demo.py --pretrain         makes assets/demo-clip.pt again, from nothing (2 cores: about 20 minutes)
 
 The world: one large shape in one colour, 32x32 pixels, on a near-white ground, under a *light* (a 3x3 matrix over the
 colours of the whole picture). Pretraining sees plain light and five named ones. Eleven domains are the few-shot tasks,
@@ -9,15 +8,14 @@ as the paper has eleven datasets: those six, and five lights that pretraining ne
 works because it was learned, prompts help because the light moved, pseudo-labels are wrong sometimes.
 """
 
-import argparse
 import functools
 import io
-import os
 import pathlib
-import sys
 import zlib
 
 import numpy as np
+
+from command import Parser, at_least, end
 
 WEIGHTS = pathlib.Path(__file__).parent / "assets" / "demo-clip.pt"
 TEMPLATE = "a photo of a {}."
@@ -181,6 +179,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
 
     from backbones import clip
     from data import model_input
+    from record import write
 
     torch.set_num_threads(2)
     torch.manual_seed(seed)
@@ -225,21 +224,15 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
     model.token_embedding = whole_embedding
     content = io.BytesIO()  # not a file: torch.save would write its name into the archive
     torch.save({name: value.half() for name, value in model.state_dict().items()}, content)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content.getvalue())
-    os.replace(beside, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(pathlib.Path(path), content.getvalue())
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The embedded default: pretrains its CLIP again, or draws its world.")
-    parser.add_argument("--pretrain", action="store_true", help="train assets/demo-clip.pt again, from nothing")
-    parser.add_argument("--steps", type=int, default=2500, help="pretraining steps (default: %(default)s)")
-    parser.add_argument("--out", default=WEIGHTS, help="where the weights go (default: assets/demo-clip.pt)")
+    parser = Parser("demo.py", __doc__)
+    parser.add_argument("--pretrain", action="store_true", help="train the demo's CLIP again, from nothing")
+    parser.add_argument("--steps", type=at_least(1), default=2500, metavar="N", help="of pretraining (default: 2500)")
+    parser.add_argument("--out", default=WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)")
     args = parser.parse_args()
     if args.pretrain:
         pretrain(args.out, args.steps)
@@ -248,4 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end("demo.py", main)

@@ -4,32 +4,43 @@ Nothing that trains imports this file's answers: only here does the index of an 
 label, and only here are test images read.
 """
 
+import pathlib
+
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
+import demo
+from backbones import BACKBONES, ZeroShot, load_clip
 from data import Images, model_input, test_transform
+from record import read_folder, read_prompts, show
 
 
-def test_images(task, pixels, workers=0, batch_size=256):
-    """{"base", "new"}: loaders of (images uint8 [B, 3, h, w], labels [B]) over a task's test images."""
-    loaders = {}
-    for half, items in (("base", task.base_test), ("new", task.new_test)):
-        paths, labels = [path for path, _, _ in items], [label for _, label, _ in items]
-        images = Images(paths, task.read, test_transform(pixels), labels)
-        loaders[half] = DataLoader(images, batch_size, num_workers=workers)
-    return loaders
+class Tests:
+    """A task's test images: called with a learner, {"base", "new"} of batches to score it on, labels [B] with each.
 
-
-@torch.no_grad()
-def test_features(model, loaders, device):
-    """The batches of `test_images` with features [B, d] in place of images, by the frozen encoder of a `ZeroShot`.
-
-    Computed once, for every row whose image side is frozen.
+    Images uint8 [B, 3, h, w] where the learner prompts them; else features [B, d], which `foundation`, a `ZeroShot`,
+    encodes once for all learners, when the first is scored.
     """
-    return {half: [(model.image_features(model_input(images.to(device))), labels)
+
+    def __init__(self, task, foundation, device, workers=0, batch_size=256):
+        self.foundation, self.device, self.features = foundation, device, None
+        transform = test_transform(foundation.clip_model.visual.input_resolution)
+        self.images = {}
+        for half, items in (("base", task.base_test), ("new", task.new_test)):
+            images = Images([path for path, _, _ in items], task.read, transform, [label for _, label, _ in items])
+            self.images[half] = DataLoader(images, batch_size, num_workers=workers)
+
+    @torch.no_grad()
+    def __call__(self, learner):
+        if learner.prompts_images:
+            return self.images
+        self.features = self.features or {
+            half: [(self.foundation.image_features(model_input(images.to(self.device))), labels)
                    for images, labels in tqdm(batches, desc=f"{half} test images", unit="batch")]
-            for half, batches in loaders.items()}
+            for half, batches in self.images.items()}
+        return self.features
 
 
 @torch.no_grad()
@@ -50,9 +61,9 @@ def score(learner, prompts, task, tests, device):
     Base classes are scored by the prompts after phase 1, new classes by those after phase 2 (as Tables 4 and 8 do);
     the single final prompt on the base classes is not in the paper.
 
-    prompts: state dicts {"base", "new"}, or None where nothing was learned. tests: of `test_images`, or of
-    `test_features` where the learner prompts no images.
+    prompts: state dicts {"base", "new"}, or None where nothing was learned. tests: a task's `Tests`.
     """
+    tests = tests(learner)
     prompts = prompts or {"base": {}, "new": {}}
     learner.set_classes(task.base_names)
     learner.load_state_dict(prompts["base"])
@@ -72,3 +83,30 @@ def harmonic_mean(base, new):
 def pseudo_label_accuracy(answers, indices, pseudo_labels):
     """The share, in percent, of pseudo-labels that are right: answers[index] is the label nobody trained on."""
     return 100 * (torch.tensor(answers)[indices] == pseudo_labels).float().mean().item()
+
+
+def score_again(folder, device, workers=0, root=None, clip=None):
+    """Prints the scores of a finished run's folder from what it left behind: the same digits.
+
+    root, clip: where the data and CLIP are now, if not where they were. ValueError, FileNotFoundError: a broken folder.
+    """
+    folder = pathlib.Path(folder)
+    config, result = read_folder(folder)
+    if config["backbone"] not in BACKBONES:
+        raise ValueError(f"{folder} is of a backbone '{config['backbone']}', and here are {', '.join(BACKBONES)} alone")
+    source = data.open_dataset(config["dataset"], root or config["root"], download=True)
+    task = data.open_task(source, config["shots"], config["unlabeled_shots"], config["seed"])
+    clip = clip or config["clip"]
+    clip_model, sha256 = load_clip(demo.WEIGHTS if clip == "demo" else clip, device)
+    learner = foundation = ZeroShot(clip_model, task.base_names, task.template)
+    prompts = None
+    if config["method"] != "zeroshot":
+        learner = BACKBONES[config["backbone"]](clip_model, task.base_names, **config["settings"])
+        last = "base" if config["new_lr"] is None else "new"  # without a new phase, one prompt answers for both halves
+        prompts = {half: read_prompts(folder / f"{name}.safetensors", config["backbone"], sha256)
+                   for half, name in (("base", "base"), ("new", last))}
+    try:
+        result |= score(learner, prompts, task, Tests(task, foundation, device, workers), device)
+    except RuntimeError as error:
+        raise ValueError(f"the prompts in {folder} do not fit the settings in its config.json: run it again") from error
+    show(config, [(config["method"], result)], BACKBONES[config["backbone"]].__name__)

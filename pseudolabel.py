@@ -22,8 +22,12 @@ class PseudoLabeler:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Labels int64 [B] and their confidences [B], in (0, 1], of images [B, 3, h, w] or of their features [B, d]."""
-        f = images if images.ndim == 2 else self.classifier.image_features(images)  # f(i_n)  [B, d]
+        """Labels int64 [B] of images [B, 3, h, w], and their confidences [B] in (0, 1]."""
+        return self.label_features(self.classifier.image_features(images))  # f(i_n)  [B, d]
+
+    @torch.no_grad()
+    def label_features(self, f):
+        """The same of the classifier's image features f(i_n) [B, d], unit length, where the caller has them already."""
         with torch.autocast(f.device.type, enabled=False):  # 1/tau is 100: half precision would not do here
             p = (self.logit_scale * f.float() @ self.text_features.T).softmax(dim=-1)  # Eq. 7  [B, N]
         confidences, labels = p.max(dim=-1)  # t^_n

@@ -13,6 +13,7 @@ import pathlib
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -69,22 +70,31 @@ def versions():
 
 
 class Record:
-    """Writes the folder of one row. Files of an earlier run in it go first; a GPU's peak memory starts anew."""
+    """Writes the folder of one row; a GPU's peak memory starts anew.
+
+    A finished run that is there already stands aside as `<folder>.previous` until this one is finished too.
+    """
 
     def __init__(self, folder, config):
-        self.folder, self.config, self.metrics = pathlib.Path(folder), config, []
+        self.folder, self.config, self.metrics, self.seconds = pathlib.Path(folder), config, [], 0.0
+        self.previous = self.folder.with_name(self.folder.name + ".previous")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
+        if (self.folder / "result.json").exists():
+            shutil.rmtree(self.previous, ignore_errors=True)
+            os.replace(self.folder, self.previous)
+            self.folder.mkdir()
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
 
     def epoch(self, line):
-        """A line of metrics.jsonl: a dict."""
+        """A line of metrics.jsonl: a dict. `seconds` adds up."""
+        self.seconds += line["seconds"]
         self.metrics.append(json.dumps(line))
         write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
 
@@ -98,6 +108,7 @@ class Record:
     def result(self, scores):
         """The row's scores: a dict."""
         write(self.folder / "result.json", json.dumps(scores, indent=1) + "\n")
+        shutil.rmtree(self.previous, ignore_errors=True)
 
 
 def read_prompts(path, backbone, clip_sha256):
@@ -109,13 +120,15 @@ def read_prompts(path, backbone, clip_sha256):
         with safetensors.safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("mao", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: run the row again") from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
     if header.get("backbone") != backbone:
         raise ValueError(f"the prompts in {path} are of the backbone '{header.get('backbone')}', not '{backbone}'")
     if header.get("clip_sha256") != clip_sha256:
-        raise ValueError(f"the prompts in {path} were tuned for another CLIP ({header.get('clip')}): "
-                         "their SHA-256 differ; give that one with --clip")
+        raise ValueError(f"the prompts in {path} were tuned for another CLIP, '{header.get('clip')}' of SHA-256 "
+                         f"{str(header.get('clip_sha256'))[:8]}...: give that one with --clip")
     return state
 
 
@@ -126,7 +139,9 @@ def read_folder(folder):
         path = pathlib.Path(folder) / name
         try:
             content.append(json.loads(path.read_text()))
-        except FileNotFoundError as error:
+            if not isinstance(content[-1], dict) or "method" not in content[0]:
+                raise ValueError("not what run.py wrote")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{path} is missing: give a folder of a finished run, runs/...") from error
         except ValueError as error:
             raise ValueError(f"{path} is broken ({error}): run it again") from error

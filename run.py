@@ -22,13 +22,17 @@ from backbones import BACKBONES, ZeroShot, load_clip
 from command import Parser, at_least, end, settings_of
 from mao import base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
-from record import Record, folder_name, peak_mib, read_folder, read_prompts, show
+from record import Record, folder_name, peak_mib, show
 from sampler import HardNegativeSampler, paper_batch
 
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, all backbones, as is the next
 WARMUP_LR, BACKBONE_LR, MAO_LR = 1e-5, 0.002, 0.0035  # appendix B
 METHODS, PHASES = ["zeroshot", "backbone", "mao"], ["", "base", "new"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def warn(text):
+    print(f"run.py: warning: {text}", file=sys.stderr)
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -40,7 +44,7 @@ def settings(arguments=None):
     count = {"type": at_least(1), "metavar": "N"}
     add = parser.add_argument_group("task (section 4.1)").add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(data.DATASETS)} (default: demo)")
-    add("--root", default="data", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data)")
+    add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data)")
     add("--shots", default=16, **count, help="labelled images a base class (default: 16, appendix B)")
     add("--unlabeled-shots", **count, help="unlabelled images a new class (default: as --shots; Fig. 4 right)")
     add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
@@ -69,10 +73,11 @@ def settings(arguments=None):
     add("--pseudo-labeler", choices=["clip", "tuned"], default="clip", help="Eq. 7's CLIP (default: clip; Table 5)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, or cpu")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one")
     add("--workers", type=at_least(0), metavar="N", help="load images (default: a core each, at most 8; demo: none)")
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
-    add("--eval", nargs="+", metavar="RUN", help="score these folders of finished rows again, tune nothing")
+    add("--eval", nargs="+", metavar="RUN", help="score finished rows again (--root, --clip: where they are now)")
     return parser, parser.parse_args(arguments)
 
 
@@ -123,28 +128,27 @@ def tune(phase, learner, images, batches, step, epochs, lr, args, record, report
     return {name: value.clone() for name, value in learner.state_dict().items()}
 
 
-def tune_row(method, args, task, clip_model, record):
+def tune_row(args, task, clip_model, record):
     """Tunes one row; returns the learner, its prompts after phase 1 ("base") and at the end ("new")."""
     torch.manual_seed(args.seed)
     learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
     transform = data.train_transform(clip_model.visual.input_resolution, task.crop_scale)
-    mao, mao_lr = method == "mao", args.lr or MAO_LR
 
     # Phase 1, base classes: hard negatives and reg-B (section 3.2), or the plain backbone.
     labels = [label for _, label, _ in task.base_train]
     images = data.Images([path for path, _, _ in task.base_train], task.read, transform, labels)
-    if mao and not args.no_base:
+    if args.method == "mao" and not args.no_base:
         batches = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
-        loss, epochs, lr = full_step if args.no_reg_base else base_step, (args.epochs + 1) // 2, mao_lr
+        loss, epochs = full_step if args.no_reg_base else base_step, (args.epochs + 1) // 2
     else:
         batches = data.ShuffledBatches(len(images), args.batch_size, args.seed)
-        loss, epochs, lr = full_step, args.epochs, args.lr or BACKBONE_LR
+        loss, epochs = full_step, args.epochs
 
     def step(images, labels):
         return loss(learner, images, labels), len(candidates(labels)[0] if loss is base_step else task.base_names)
 
-    base = tune("base", learner, images, batches, step, epochs, lr, args, record)
-    if not mao or args.no_new:
+    base = tune("base", learner, images, batches, step, epochs, args.base_lr, args, record)
+    if args.new_lr is None:
         return learner, {"base": base, "new": base}
 
     # Phase 2, new classes: unlabelled images, pseudo-labels and reg-N (section 3.3).
@@ -162,7 +166,7 @@ def tune_row(method, args, task, clip_model, record):
 
     def step(images, indices):
         f = foundation.image_features(images)  # f(i_n), frozen: encoded once, for all that can use it
-        pseudo_labels, _ = labeler(images if labeler.classifier.prompts_images else f)  # Eq. 7
+        pseudo_labels, _ = labeler(images) if labeler.classifier.prompts_images else labeler.label_features(f)  # Eq. 7
         guesses.append((indices, pseudo_labels))
         loss = new_step(learner, images if learner.prompts_images else f, pseudo_labels + offset, frozen_features=f)
         return loss, offset + len(task.new_names)
@@ -172,77 +176,64 @@ def tune_row(method, args, task, clip_model, record):
         guesses.clear()
         return {"pseudo_label_accuracy": evaluate.pseudo_label_accuracy(task.new_answers, indices, labels)}
 
-    new = tune("new", learner, images, batches, step, args.epochs // 2, mao_lr, args, record, report)
+    new = tune("new", learner, images, batches, step, args.epochs // 2, args.new_lr, args, record, report)
     return learner, {"base": base, "new": new}
 
 
 # The rows ------------------------------------------------------------------------------------------------------------
 
 
-def prepare(args):
-    """The task, the frozen CLIP with its SHA-256, zero-shot CLIP, and `tests`: a learner -> the batches to score it on
-    (features, encoded once for all rows, where the learner's image side is frozen)."""
+def main(arguments=None):
+    parser, args = settings(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
+               and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
+    if args.workers is None:  # the demo draws its images faster than a worker hands them over
+        args.workers = 0 if args.dataset in data.DEMOS else min(8, os.cpu_count() or 1)
+    for folder in args.eval or ():
+        evaluate.score_again(folder, args.device, args.workers, args.root, args.clip)
+    if args.eval:
+        return
+    args.root, args.unlabeled_shots = args.root or "data", args.unlabeled_shots or args.shots
+    args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
+    args.settings = settings_of(BACKBONES[args.backbone], args)
+    if args.cache_views and BACKBONES[args.backbone].prompts_images:
+        raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
+
+    # Data and CLIP, and whether the settings fit them.
     source = data.open_dataset(args.dataset, args.root, download=True)
     task = data.open_task(source, args.shots, args.unlabeled_shots, args.seed)
     clip_model, sha256 = load_clip(demo.WEIGHTS if args.clip == "demo" else args.clip, args.device)
     foundation = ZeroShot(clip_model, task.base_names, task.template)
-    images = evaluate.test_images(task, clip_model.visual.input_resolution, args.workers)
-    features = evaluate.test_features(foundation, images, args.device)
-    return task, clip_model, sha256, foundation, lambda learner: images if learner.prompts_images else features
-
-
-def main(arguments=None):
-    parser, args = settings(arguments)
-    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no such device here; use --device cpu")
-    if args.eval:
-        return score_again(args)
-    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
-               and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
-    args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
-    if args.workers is None:  # the demo draws its images faster than a worker hands them over
-        args.workers = 0 if args.dataset in data.DEMOS else min(8, os.cpu_count() or 1)
-    args.settings = settings_of(BACKBONES[args.backbone], args)
-    if args.cache_views and BACKBONES[args.backbone].prompts_images:
-        raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
-    task, clip_model, sha256, foundation, tests = prepare(args)
-    anchors, top_k = paper_batch(len(task.base_names))
-    args.anchors, args.top_k = args.anchors or anchors, args.top_k or top_k
+    tests = evaluate.Tests(task, foundation, args.device, args.workers)
+    BACKBONES[args.backbone](clip_model, task.base_names + task.new_names, **args.settings)
+    paper = paper_batch(len(task.base_names))
+    args.anchors, args.top_k = args.anchors or paper[0], args.top_k or paper[1]
+    if args.top_k > len(task.base_names):
+        raise ValueError(f"top-k is {args.top_k}, but there are {len(task.base_names)} classes: choose that or less")
     if args.anchors * args.top_k > len(task.base_names):
-        print(f"run.py: warning: b*K = {args.anchors}*{args.top_k} exceeds the {len(task.base_names)} base classes, so "
-              "reg-B is plain cross-entropy (appendix B): lower --anchors or --top-k", file=sys.stderr)
+        warn(f"b*K = {args.anchors}*{args.top_k} exceeds the {len(task.base_names)} base classes: reg-B may become "
+             "plain cross-entropy (appendix B); lower --anchors or --top-k")
+    if "mao" in args.method and args.epochs < 4:
+        warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
+
     rows = []
-    for method in args.method:
-        config = {**vars(args), "method": method, "lr": args.lr or (MAO_LR if method == "mao" else BACKBONE_LR), **SGD,
-                  "warmup_lr": WARMUP_LR, "template": task.template, "crop_scale": task.crop_scale,
-                  "clip_sha256": sha256, "threads": torch.get_num_threads()}
+    for method in dict.fromkeys(args.method):
+        base_lr = args.lr or (MAO_LR if method == "mao" and not args.no_base else BACKBONE_LR)
+        row = argparse.Namespace(**{
+            **vars(args), "method": method, "base_lr": None if method == "zeroshot" else base_lr,
+            "new_lr": args.lr or MAO_LR if method == "mao" and not args.no_new else None})
         name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
-        record = Record(pathlib.Path(args.out) / name, config)
-        started, learner, prompts = time.perf_counter(), foundation, None
-        if method != "zeroshot":
-            learner, prompts = tune_row(method, args, task, clip_model, record)
-        result = {"learnable_parameters": sum(p.numel() for p in learner.parameters()),
-                  "seconds": time.perf_counter() - started, "peak_mib": peak_mib(args.device)}
-        result |= evaluate.score(learner, prompts, task, tests(learner), args.device)
-        record.result(result)
-        rows.append((method, result))
+        record = Record(pathlib.Path(args.out) / name, {
+            **vars(row), **SGD, "warmup_lr": WARMUP_LR, "template": task.template, "crop_scale": task.crop_scale,
+            "clip_sha256": sha256, "threads": torch.get_num_threads()})
+        learner, prompts = (foundation, None) if method == "zeroshot" else tune_row(row, task, clip_model, record)
+        cost = {"learnable_parameters": sum(p.numel() for p in learner.parameters()), "seconds": record.seconds,
+                "peak_mib": peak_mib(args.device)}
+        rows.append((method, {**evaluate.score(learner, prompts, task, tests, args.device), **cost}))
+        record.result(rows[-1][1])
     show(vars(args), rows, BACKBONES[args.backbone].__name__)
-
-
-def score_again(args):
-    """--eval: the scores of finished rows from what they left behind, to the same digits."""
-    for folder in map(pathlib.Path, args.eval):
-        config, result = read_folder(folder)
-        row = argparse.Namespace(**{**config, "device": args.device, "workers": args.workers or 0})
-        task, clip_model, sha256, learner, tests = prepare(row)
-        prompts = None
-        if row.method != "zeroshot":
-            learner = BACKBONES[row.backbone](clip_model, task.base_names, **row.settings)
-            base, new = folder / "base.safetensors", folder / "new.safetensors"
-            prompts = {"base": read_prompts(base, row.backbone, sha256),
-                       "new": read_prompts(new if new.is_file() else base, row.backbone, sha256)}
-        result |= evaluate.score(learner, prompts, task, tests(learner), args.device)
-        show(config, [(row.method, result)], BACKBONES[row.backbone].__name__)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class HardNegativeSampler(Sampler):
         self.neighbours = similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k].numpy()  # [C_b, K]
 
     def set_epoch(self, epoch):
-        """The next pass draws epoch `epoch`, a function of it and the seed alone."""
+        """The next pass draws epoch `epoch`, a function of it and the seed alone; each pass moves on by one itself."""
         self.epoch = epoch
 
     def __len__(self):
@@ -91,6 +91,7 @@ class HardNegativeSampler(Sampler):
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1
         anchors = rng.permutation(len(self.labels))
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = []

@@ -194,7 +194,7 @@ def bench(sizes="vit-b/16", device="cpu", quick=True):
 
         def new_phase(learner=learner):
             frozen = foundation.image_features(images)
-            pseudo_labels, _ = labeler(frozen)
+            pseudo_labels, _ = labeler.label_features(frozen)
             shared = images if learner.prompts_images else frozen
             return new_step(learner, shared, pseudo_labels, frozen_features=frozen)
 

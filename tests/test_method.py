@@ -70,7 +70,7 @@ def test_pseudo_labels_by_hand():
     clip.text_features = lambda: setattr(clip, "calls", clip.calls + 1) or torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     labeler = PseudoLabeler(clip)
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    labels, confidences = labeler(features)
+    labels, confidences = labeler.label_features(features)
     assert labels.tolist() == [0, 1]
     assert confidences.tolist() == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(-1.6))])
     again, _ = labeler(features.reshape(2, 2, 1, 1))  # images go through the classifier's image encoder
@@ -115,6 +115,7 @@ def test_batches_hold_b_times_k_images_and_every_anchor_once():
         assert (labels[groups] == sampler.neighbours[labels[groups[:, 0]]]).all()
     assert sorted(batch[i] for batch in epochs[0] for i in (0, 3, 6, 9)) == list(range(64))
     assert epochs[0] == epochs[2] != epochs[1]
+    assert list(sampler) == epochs[1]  # without set_epoch, a pass moves on by itself
     drawn = {i for batch in epochs[0] + epochs[1] for i in batch}
     assert drawn == set(range(64))  # neighbours' images vary
 

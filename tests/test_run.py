@@ -53,7 +53,9 @@ def test_a_run_and_what_it_leaves(tune, command):
         result = json.loads((only(runs, method) / "result.json").read_text())
         assert result["h"] == evaluate.harmonic_mean(result["base"], result["new"])
         config = json.loads((only(runs, method) / "config.json").read_text())
-        assert config["anchors"] == config["top_k"] == 2 and config["lr"] == (0.0035 if method == "mao" else 0.002)
+        assert config["anchors"] == config["top_k"] == 2
+        assert config["base_lr"] == {"zeroshot": None, "backbone": 0.002, "mao": 0.0035}[method]
+        assert config["new_lr"] == (0.0035 if method == "mao" else None) and config["unlabeled_shots"] == 4
         assert config["versions"]["torch"] and len(config["clip_sha256"]) == 64
     mao = lines(only(runs, "mao"))
     assert [(line["phase"], line["epoch"]) for line in mao] == [("base", 1), ("base", 2), ("new", 1), ("new", 2)]
@@ -188,9 +190,11 @@ def test_the_learning_rate_by_hand():
     (["--dataset", "eurosatt"], "there is no dataset 'eurosatt': did you mean eurosat"),
     (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop', 'maple', 'promptsrc'"),
     (["--top-k", "6"], "top-k is 6, but there are 5 classes"),
-    (["--shots", "0"], "0 is not a number of 1 or more"),
-    (["--epochs", "1"], "1 is not a number of 2 or more"),
-    (["--device", "tpu"], "PyTorch sees no such device"),
+    (["--shots", "0"], "0 is not a whole number of 1 or more"),
+    (["--epochs", "1"], "1 is not a whole number of 2 or more"),
+    (["--device", "tpu"], "invalid choice: 'tpu'"),
+    (["--seed", "9" * 30], "is not a whole number of 0 or more"),
+    (["--shots", "1.5"], "1.5 is not a whole number of 1 or more"),
     (["--clip", "nowhere.pt"], "there is no CLIP 'nowhere.pt'"),
     (["--clip", __file__], "is not a CLIP checkpoint"),
     (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
@@ -202,12 +206,13 @@ def test_bad_input_is_one_sentence(tune, arguments, message):
     code, out, err, runs = tune("--method", "mao", *arguments)
     last = err.replace("\r", "\n").splitlines()[-1]
     assert code == 2 and out == "" and message in last and "Traceback" not in err
-    assert not list(runs.rglob("*.safetensors"))
+    assert not runs.exists()
 
 
-def test_reg_b_degenerates_with_a_warning(tune):
-    code, _, err, _ = tune("--method", "mao", "--anchors", 3)
+def test_warnings(tune):
+    code, _, err, _ = tune("--method", "mao", "--anchors", 3, "--epochs", 3)
     assert code == 0 and "warning: b*K = 3*2 exceeds the 5 base classes" in err
+    assert "warning: --epochs 3 leaves MAO a phase of one epoch" in err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -234,7 +239,7 @@ def test_without_a_network(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     code, _, err = command("run.py", "--dataset", "eurosat", "--root", tmp_path / "data")
     assert code == 2 and "EuroSAT is not in" in err and "could not be downloaded" in err and "Traceback" not in err
-    assert not list((tmp_path / "data").iterdir())
+    assert not (tmp_path / "data").exists()
     code, _, err = command("run.py", "--clip", "ViT-B/16")
     assert code == 2 and "CLIP ViT-B/16 could not be downloaded" in err and "Traceback" not in err
 
@@ -269,9 +274,38 @@ def test_prompts_of_another_clip_or_backbone(tune, command):
     prompts.write_bytes(good[:50])
     code, _, err = command("run.py", "--eval", prompts.parent)
     assert code == 2 and "is not a file of prompts" in err
-    config.write_text(text[:40])
-    code, _, err = command("run.py", "--eval", prompts.parent)
-    assert code == 2 and "config.json is broken" in err
+    prompts.write_bytes(good)
+    for content, message in ((text[:40], "config.json is broken"), ("{}", "config.json is broken"),
+                             (text.replace('"n_ctx": 4', '"n_ctx": 8'), "do not fit the settings"),
+                             (text.replace('"coop"', '"vpt"'), "is of a backbone 'vpt'")):
+        config.write_text(content)
+        code, _, err = command("run.py", "--eval", prompts.parent)
+        assert code == 2 and message in err and "Traceback" not in err
+    code, _, err = command("run.py", "--eval", config)
+    assert code == 2 and "give a folder of a finished run" in err
+
+
+def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eurosat, monkeypatch):
+    """A run that fails leaves the one before it, whole, as `.previous`; and data that moved are found by --root."""
+    *_, runs = tune("--method", "mao")
+    folder = only(runs, "mao")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    read, broken = data.FolderReader.__call__, data.UnreadableImage("cannot read the image")
+
+    def fail(*arguments):
+        raise broken
+
+    monkeypatch.setattr(data.FolderReader, "__call__", fail)
+    assert tune("--method", "mao")[0] == 2
+    previous = folder.with_name(folder.name + ".previous")
+    assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
+    monkeypatch.setattr(data.FolderReader, "__call__", read)
+    assert tune("--method", "mao")[0] == 0 and not previous.exists()
+    moved = eurosat.rename(eurosat.with_name("moved"))
+    assert command("run.py", "--eval", folder, "--root", moved)[0] == 0
+    (folder / "new.safetensors").unlink()
+    code, _, err = command("run.py", "--eval", folder, "--root", moved)
+    assert code == 2 and "new.safetensors is missing" in err
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
