@@ -151,7 +151,7 @@ def download_eurosat(folder, layout):
             f"{layout.source} by hand and unpack it there, or point --root at CoOp's data folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if made and not any(root.iterdir()):
+        if made and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
 
 
