@@ -1,7 +1,7 @@
 """What tuning costs: the columns of Table 3 for every backbone with and without MAO, beside a straightforward baseline.
 
-    python -m experiments.bench --quick             the ratios, within 8 minutes on 2 cores
-    python -m experiments.bench --json bench.json   all of it, in a file
+    python -m experiments.bench --quick             each once, a few classes (about 10 minutes on 2 cores)
+    python -m experiments.bench --json bench.json   medians of three, in a file too
 
 The baseline does what the authors' releases do: all classes at all 77 positions, every prompt whole, by clip's own
 modules (nn.MultiheadAttention), images encoded anew. Weights are random, at ViT-B/16's sizes (speed does not depend on
@@ -20,6 +20,7 @@ import time
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from backbones import BACKBONES, ZeroShot, clip, frozen_image_features
 from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
@@ -183,11 +184,10 @@ def bench(sizes="vit-b/16", device="cpu", quick=True):
     encode, _ = measure(lambda: frozen_image_features(model, images))
     f = frozen_image_features(model, images)  # [B, d]
 
-    for backbone, cls in BACKBONES.items():
+    for backbone, cls in tqdm(BACKBONES.items(), "steps"):
         learner = cls(model, classnames)
         baseline = Baseline(learner, classnames)
-        if hasattr(learner, "other_losses"):  # the first call encodes the 60 templates, once a run
-            learner.other_losses(images, f, foundation.text_features(), frozen_features=f)
+        learner.frozen_text = foundation.text_features()  # PromptSRC's, of one template: encoded once a run, not a step
 
         def step(loss, learner=learner):
             return measure(lambda: backward(learner, loss()))
@@ -240,7 +240,7 @@ def bench(sizes="vit-b/16", device="cpu", quick=True):
                          "learnable": parameters, "mib": mib, "step": cached + encoding / steps, "steps": base_steps})
 
     sweep = []
-    for count in (10, 50, 100, 200, 1000) if quick else (10, 50, 100, 200, 500, 1000):
+    for count in tqdm((10, 50, 100, 200, 1000) if quick else (10, 50, 100, 200, 500, 1000), "text side"):
         for backbone in ("coop", "maple"):
             learner = BACKBONES[backbone](model, names(count))
             few = torch.arange(min(count, len(classes)), device=device)  # as many candidates as the batch above
@@ -297,7 +297,7 @@ def show(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repeat, fewer classes: within 8 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="each call once, fewer classes")
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
