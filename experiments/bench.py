@@ -1,6 +1,6 @@
 """What tuning costs: the columns of Table 3 for every backbone with and without MAO, beside a straightforward baseline.
 
-    python -m experiments.bench --quick             each once, a few classes (about 10 minutes on 2 cores)
+    python -m experiments.bench --quick             each call once, fewer classes; with --backbones coop: CoOp alone
     python -m experiments.bench --json bench.json   medians of three, in a file too
 
 The baseline does what the authors' releases do: all classes at all 77 positions, every prompt whole, by clip's own
@@ -166,8 +166,8 @@ def difference(ours, theirs):
 # The bench ------------------------------------------------------------------------------------------------------------
 
 
-def bench(sizes="vit-b/16", device="cpu", quick=True):
-    """Everything the command prints, as a dict."""
+def bench(sizes="vit-b/16", device="cpu", quick=True, backbones=tuple(BACKBONES)):
+    """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
     measure = Meter(device, 1 if quick else 3)
     model = random_clip(sizes, device)
     classnames = names(51)
@@ -184,7 +184,8 @@ def bench(sizes="vit-b/16", device="cpu", quick=True):
     encode, _ = measure(lambda: frozen_image_features(model, images))
     f = frozen_image_features(model, images)  # [B, d]
 
-    for backbone, cls in tqdm(BACKBONES.items(), "steps"):
+    for backbone in tqdm(backbones, "steps"):
+        cls = BACKBONES[backbone]
         learner = cls(model, classnames)
         baseline = Baseline(learner, classnames)
         learner.frozen_text = foundation.text_features()  # PromptSRC's, of one template: encoded once a run, not a step
@@ -241,7 +242,7 @@ def bench(sizes="vit-b/16", device="cpu", quick=True):
 
     sweep = []
     for count in tqdm((10, 50, 100, 200, 1000) if quick else (10, 50, 100, 200, 500, 1000), "text side"):
-        for backbone in ("coop", "maple"):
+        for backbone in [name for name in ("coop", "maple") if name in backbones]:
             learner = BACKBONES[backbone](model, names(count))
             few = torch.arange(min(count, len(classes)), device=device)  # as many candidates as the batch above
             line = {"backbone": backbone, "classes": count, "authors": None}
@@ -298,11 +299,13 @@ def show(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="each call once, fewer classes")
+    parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES),
+                        help="besides coop (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    found = bench(args.sizes, args.device, args.quick)
+    found = bench(args.sizes, args.device, args.quick, dict.fromkeys(["coop", *args.backbones]))
     show(found)
     if args.json:
         write(pathlib.Path(args.json), json.dumps(found, indent=1) + "\n")
