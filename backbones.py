@@ -180,11 +180,11 @@ class ZeroShot(nn.Module):
     def __init__(self, clip_model, classnames, template="a photo of a {}."):
         super().__init__()
         self.__dict__["clip_model"] = clip_model  # not a submodule: frozen, shared, and not to be saved
-        self.template = template
-        self.set_classes(classnames)
+        self.set_classes(classnames, template)
 
-    def set_classes(self, classnames):
-        """Takes these classes instead; their text features are computed here, once."""
+    def set_classes(self, classnames, template=None):
+        """Takes these classes instead, in the same words or in others; their text features are computed here, once."""
+        self.template = template or self.template
         self.features = zero_shot_text_features(self.clip_model, classnames, [self.template])  # g(c)  [C, d]
 
     @property

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+import pathlib
 import sys
 
 
@@ -44,6 +45,11 @@ def settings_of(backbone, arguments):
                 raise ValueError(f"{option} is no setting of {backbone.__name__.lower()}: leave it out")
             settings[name] = getattr(arguments, name)
     return settings
+
+
+def warn(text):
+    """A line on stderr; the command goes on."""
+    print(f"{pathlib.Path(sys.argv[0]).name}: warning: {text}", file=sys.stderr)
 
 
 def end(name, main):

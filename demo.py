@@ -178,7 +178,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0):
     from tqdm import tqdm
 
     from backbones import clip
-    from data import model_input
+    from loaders import model_input
     from record import write
 
     torch.set_num_threads(2)

@@ -10,15 +10,15 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import data
 import demo
 from backbones import BACKBONES, ZeroShot, load_clip
-from data import Images, model_input, test_transform
+from loaders import Images, model_input, test_transform
 from record import read_folder, read_prompts, show
+from tasks import task_of
 
 
 class Tests:
-    """A task's test images: called with a learner, {"base", "new"} of batches to score it on, labels [B] with each.
+    """A task's test images: called with a learner, {score: batches} to score it on, labels [B] with each.
 
     Images uint8 [B, 3, h, w] where the learner prompts them; else features [B, d], which `foundation`, a `ZeroShot`,
     encodes once for all learners, when the first is scored.
@@ -28,18 +28,18 @@ class Tests:
         self.foundation, self.device, self.features = foundation, device, None
         transform = test_transform(foundation.clip_model.visual.input_resolution)
         self.images = {}
-        for half, items in (("base", task.base_test), ("new", task.new_test)):
-            images = Images([path for path, _, _ in items], task.read, transform, [label for _, label, _ in items])
-            self.images[half] = DataLoader(images, batch_size, num_workers=workers)
+        for name, (_, items, read, _) in task.tests.items():
+            images = Images([path for path, _, _ in items], read, transform, [label for _, label, _ in items])
+            self.images[name] = DataLoader(images, batch_size, num_workers=workers)
 
     @torch.no_grad()
     def __call__(self, learner):
         if learner.prompts_images:
             return self.images
         self.features = self.features or {
-            half: [(self.foundation.image_features(model_input(images.to(self.device))), labels)
-                   for images, labels in tqdm(batches, desc=f"{half} test images", unit="batch")]
-            for half, batches in self.images.items()}
+            name: [(self.foundation.image_features(model_input(images.to(self.device))), labels)
+                   for images, labels in tqdm(batches, desc=f"{name} test images", unit="batch")]
+            for name, batches in self.images.items()}
         return self.features
 
 
@@ -56,23 +56,31 @@ def accuracy(learner, batches, device):
 
 
 def score(learner, prompts, task, tests, device):
-    """{"base", "new", "h", "base_by_final_prompt"} in percent.
+    """{score: accuracy in percent}, in the order of the table: of base-to-new "base", "new", "h" and, not in the paper,
+    "base_by_final_prompt"; of cross-dataset each dataset and the targets' "average"; of few-shot "accuracy".
 
-    Base classes are scored by the prompts after phase 1, new classes by those after phase 2 (as Tables 4 and 8 do);
-    the single final prompt on the base classes is not in the paper.
+    Base classes are scored by the prompts after phase 1, new classes by those after phase 2 (as Tables 4 and 8 do).
+    None: unknown, there is no test image of the new classes.
 
-    prompts: state dicts {"base", "new"}, or None where nothing was learned. tests: a task's `Tests`.
+    prompts: state dicts {"base", "new"}, or None for zero-shot CLIP. tests: a task's `Tests`.
     """
-    tests = tests(learner)
-    prompts = prompts or {"base": {}, "new": {}}
-    learner.set_classes(task.base_names)
-    learner.load_state_dict(prompts["base"])
-    base = accuracy(learner, tests["base"], device)
-    learner.load_state_dict(prompts["new"])
-    final = accuracy(learner, tests["base"], device)
-    learner.set_classes(task.new_names)
-    new = accuracy(learner, tests["new"], device)
-    return {"base": base, "new": new, "h": harmonic_mean(base, new), "base_by_final_prompt": final}
+    batches, scores, final = tests(learner), {}, None
+    for name, test in task.tests.items():
+        if prompts is None:
+            learner.set_classes(test.names, test.template)
+        else:
+            learner.set_classes(test.names)
+            learner.load_state_dict(prompts["new" if name == "new" else "base"])
+        scores[name] = accuracy(learner, batches[name], device)
+        if name == "base":
+            learner.load_state_dict(prompts["new"] if prompts else {})
+            final = accuracy(learner, batches[name], device)
+    if "base" in task.tests:
+        base, new = scores["base"], scores.get("new")
+        return {"base": base, "new": new, "h": None if new is None else harmonic_mean(base, new),
+                "base_by_final_prompt": final}
+    targets = list(scores.values())[1:]
+    return {**scores, "average": sum(targets) / len(targets)} if targets else scores
 
 
 def harmonic_mean(base, new):
@@ -81,8 +89,11 @@ def harmonic_mean(base, new):
 
 
 def pseudo_label_accuracy(answers, indices, pseudo_labels):
-    """The share, in percent, of pseudo-labels that are right: answers[index] is the label nobody trained on."""
-    return 100 * (torch.tensor(answers)[indices] == pseudo_labels).float().mean().item()
+    """{"pseudo_label_accuracy": percent right}; answers[index] is the label nobody trained on. {} without answers."""
+    if answers is None:
+        return {}
+    right = torch.tensor(answers)[indices] == pseudo_labels
+    return {"pseudo_label_accuracy": 100 * right.float().mean().item()}
 
 
 def score_again(folder, device, workers=0, root=None, clip=None):
@@ -94,11 +105,10 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     config, result = read_folder(folder)
     if config["backbone"] not in BACKBONES:
         raise ValueError(f"{folder} is of a backbone '{config['backbone']}', and here are {', '.join(BACKBONES)} alone")
-    source = data.open_dataset(config["dataset"], root or config["root"], download=True)
-    task = data.open_task(source, config["shots"], config["unlabeled_shots"], config["seed"])
+    task = task_of({**config, "root": root or config["root"]})
     clip = clip or config["clip"]
     clip_model, sha256 = load_clip(demo.WEIGHTS if clip == "demo" else clip, device)
-    learner = foundation = ZeroShot(clip_model, task.base_names, task.template)
+    learner = foundation = ZeroShot(clip_model, task.base_names)
     prompts = None
     if config["method"] != "zeroshot":
         learner = BACKBONES[config["backbone"]](clip_model, task.base_names, **config["settings"])

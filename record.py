@@ -23,6 +23,7 @@ import torch
 
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
+COST = ["learnable_parameters", "seconds", "peak_mib"]
 FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
 
 
@@ -45,7 +46,7 @@ def write(path, content):
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or give another folder with --out"
+        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder"
                       ) from error
     finally:
         beside.unlink(missing_ok=True)
@@ -105,31 +106,44 @@ class Record:
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
 
-    def result(self, scores):
-        """The row's scores: a dict."""
+    def result(self, scores, learner, device):
+        """result.json: the row's scores, a dict, and what they cost. Returns both."""
+        parameters = sum(p.numel() for p in learner.parameters())
+        scores = {**scores, **dict(zip(COST, (parameters, self.seconds, peak_mib(device))))}
         write(self.folder / "result.json", json.dumps(scores, indent=1) + "\n")
         shutil.rmtree(self.previous, ignore_errors=True)
+        return scores
+
+
+def read_header(path):
+    """What a file of prompts belongs to: {"dataset", "backbone", "settings", "clip", "clip_sha256"}.
+
+    FileNotFoundError: no such file. ValueError: not one that `Record.prompts` wrote.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("mao", "{}"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: run the row again") from error
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
+    if not {"backbone", "settings", "clip", "clip_sha256"} <= header.keys():
+        raise ValueError(f"{path} does not say which CLIP its prompts are for: give one that run.py wrote")
+    return header
 
 
 def read_prompts(path, backbone, clip_sha256):
     """The state dict that `Record.prompts` wrote.
 
-    FileNotFoundError: no such file. ValueError: not such a file, of another backbone, or for another CLIP.
+    Errors as `read_header`; ValueError too: of another backbone, or for another CLIP.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("mao", "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: run the row again") from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
-    if header.get("backbone") != backbone:
-        raise ValueError(f"the prompts in {path} are of the backbone '{header.get('backbone')}', not '{backbone}'")
-    if header.get("clip_sha256") != clip_sha256:
-        raise ValueError(f"the prompts in {path} were tuned for another CLIP, '{header.get('clip')}' of SHA-256 "
-                         f"{str(header.get('clip_sha256'))[:8]}...: give that one with --clip")
-    return state
+    header = read_header(path)
+    if header["backbone"] != backbone:
+        raise ValueError(f"the prompts in {path} are of the backbone '{header['backbone']}', not '{backbone}'")
+    if header["clip_sha256"] != clip_sha256:
+        raise ValueError(f"the prompts in {path} were tuned for another CLIP, '{header['clip']}' of SHA-256 "
+                         f"{str(header['clip_sha256'])[:8]}...: give that one with --clip")
+    return safetensors.torch.load_file(path)
 
 
 def read_folder(folder):
@@ -161,9 +175,11 @@ def show(config, rows, backbone):
     rows: (method, result); accuracy in percent, seconds of tuning. backbone: its name as the table has it.
     """
     names = {"zeroshot": "zero-shot CLIP", "backbone": backbone, "mao": f"{backbone} + MAO"}
-    lines = [("", "Base", "New", "H", "learnable", "seconds", "peak memory")]
+    titles = {"base": "Base", "new": "New", "h": "H", "accuracy": "Accuracy", "average": "Average"}
+    scores = [key for key in rows[0][1] if key not in (*COST, "base_by_final_prompt")]
+    lines = [("", *(titles.get(score, score) for score in scores), "learnable", "seconds", "peak memory")]
     for method, result in rows:
-        accuracies = [f"{result[key]:.2f}" for key in ("base", "new", "h")]
+        accuracies = ["-" if result[score] is None else f"{result[score]:.2f}" for score in scores]
         lines.append((names[method], *accuracies, f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}",
                       f"{result['peak_mib']:,.0f} MiB"))
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -171,6 +187,6 @@ def show(config, rows, backbone):
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
     for method, result in rows:
-        if method == "mao":
+        if method == "mao" and "base_by_final_prompt" in result:
             print(f"The single final prompt of {names[method]} scores {result['base_by_final_prompt']:.2f} "
                   "on the base classes.")

@@ -1,7 +1,9 @@
-"""Tunes prompts with and without MAO on a base-to-new task, and scores them (Table 1).
+"""Tunes prompts with and without MAO on a few-shot task, base-to-new unless told otherwise, and scores them (Table 1).
 
     python run.py                                        the embedded demo: no network, no GPU, under 3 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
+    python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
+    python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
     python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
 """
 
@@ -9,7 +11,6 @@ import argparse
 import math
 import os
 import pathlib
-import sys
 import time
 
 import torch
@@ -18,21 +19,19 @@ from tqdm import tqdm
 import data
 import demo
 import evaluate
+import loaders
 from backbones import BACKBONES, ZeroShot, load_clip
-from command import Parser, at_least, end, settings_of
+from command import Parser, at_least, end, settings_of, warn
 from mao import base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
 from record import Record, folder_name, peak_mib, show
 from sampler import HardNegativeSampler, paper_batch
+from tasks import PROTOCOLS, task_of
 
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, all backbones, as is the next
 WARMUP_LR, BACKBONE_LR, MAO_LR = 1e-5, 0.002, 0.0035  # appendix B
 METHODS, PHASES = ["zeroshot", "backbone", "mao"], ["", "base", "new"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def warn(text):
-    print(f"run.py: warning: {text}", file=sys.stderr)
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -44,7 +43,15 @@ def settings(arguments=None):
     count = {"type": at_least(1), "metavar": "N"}
     add = parser.add_argument_group("task (section 4.1)").add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(data.DATASETS)} (default: demo)")
-    add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data)")
+    add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data); for --dataset folder "
+        "your own: DIR/<class name>/*.jpg, or DIR/train and DIR/test")
+    add("--download", action="store_true", help="fetch what is missing, where a program can (EuroSAT: always)")
+    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="base-to-new (default, Table 1); cross-dataset: "
+        "tune on all classes, score on --targets too (Table 2); few-shot: all classes, train and test")
+    add("--targets", nargs="+", default=["all"], metavar="NAME", help="of cross-dataset (default: all others)")
+    add("--unlabeled", metavar="DIR", help="phase 2 on all images of DIR instead; all classes of the dataset are base")
+    add("--new-classes", metavar="FILE", help="their class names, a line each")
+    add("--new-test", metavar="DIR", help="labelled images of them, DIR/<class name>/*.jpg (default: none, New is '-')")
     add("--shots", default=16, **count, help="labelled images a base class (default: 16, appendix B)")
     add("--unlabeled-shots", **count, help="unlabelled images a new class (default: as --shots; Fig. 4 right)")
     add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
@@ -59,8 +66,8 @@ def settings(arguments=None):
     add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
     add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo its own)")
     add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
-    add("--epochs", type=at_least(2), default=20, metavar="N", help="in total, MAO halves them (default: 20)")
-    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {BACKBONE_LR} for the backbone, {MAO_LR} for MAO")
+    add("--epochs", type=at_least(2), metavar="N", help="default: 20, MAO halves them; cross-dataset 5, not halved")
+    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {BACKBONE_LR}, MAO and cross-dataset {MAO_LR}")
     add("--batch-size", default=32, **count, help="of the backbone and of MAO's new phase (default: 32)")
     add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
@@ -91,9 +98,9 @@ def learning_rate(epoch, epochs, lr):
 
 def tune(phase, learner, images, batches, step, epochs, lr, args, record, report=dict):
     """One phase by SGD. step(images, labels or indices) -> (loss, H). The prompts are kept after every epoch."""
-    loader = data.training_loader(
+    loader = loaders.training_loader(
         images, batches, args.seed, PHASES.index(phase), args.workers, args.device == "cuda", args.cache_views,
-        encode=lambda images: learner.image_features(data.model_input(images.to(args.device))))
+        encode=lambda images: learner.image_features(loaders.model_input(images.to(args.device))))
     optimiser = torch.optim.SGD(learner.parameters(), lr, **SGD)
     precision = PRECISIONS[args.precision]
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
@@ -103,7 +110,7 @@ def tune(phase, learner, images, batches, step, epochs, lr, args, record, report
         optimiser.param_groups[0]["lr"] = rate = learning_rate(epoch, epochs, lr)
         loader.batch_sampler.set_epoch(epoch)
         for images, labels in loader:
-            images = data.model_input(images.to(args.device, non_blocking=True))
+            images = loaders.model_input(images.to(args.device, non_blocking=True))
             with torch.autocast(args.device, precision, enabled=precision != torch.float32):
                 loss, size = step(images, labels)
             optimiser.zero_grad()
@@ -132,16 +139,16 @@ def tune_row(args, task, clip_model, record):
     """Tunes one row; returns the learner, its prompts after phase 1 ("base") and at the end ("new")."""
     torch.manual_seed(args.seed)
     learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
-    transform = data.train_transform(clip_model.visual.input_resolution, task.crop_scale)
+    transform = loaders.train_transform(clip_model.visual.input_resolution, task.crop_scale)
 
     # Phase 1, base classes: hard negatives and reg-B (section 3.2), or the plain backbone.
     labels = [label for _, label, _ in task.base_train]
-    images = data.Images([path for path, _, _ in task.base_train], task.read, transform, labels)
+    images = loaders.Images([path for path, _, _ in task.base_train], task.read, transform, labels)
     if args.method == "mao" and not args.no_base:
         batches = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
-        loss, epochs = full_step if args.no_reg_base else base_step, (args.epochs + 1) // 2
+        loss, epochs = full_step if args.no_reg_base else base_step, args.base_epochs
     else:
-        batches = data.ShuffledBatches(len(images), args.batch_size, args.seed)
+        batches = loaders.ShuffledBatches(len(images), args.batch_size, args.seed)
         loss, epochs = full_step, args.epochs
 
     def step(images, labels):
@@ -160,8 +167,8 @@ def tune_row(args, task, clip_model, record):
         labeler = PseudoLabeler(tuned)
     offset = len(task.base_names) if args.no_reg_new else 0  # the old candidates stay, before the new ones
     learner.set_classes(task.base_names + task.new_names if args.no_reg_new else task.new_names)
-    images = data.Images(task.new_train, task.read, transform)
-    batches = data.ShuffledBatches(len(images), args.batch_size, args.seed)
+    images = loaders.Images(task.new_train, task.new_read, transform)
+    batches = loaders.ShuffledBatches(len(images), args.batch_size, args.seed)
     guesses = []  # (indices, pseudo-labels) of an epoch: only the evaluation knows which are right
 
     def step(images, indices):
@@ -174,7 +181,7 @@ def tune_row(args, task, clip_model, record):
     def report():
         indices, labels = (torch.cat(parts).cpu() for parts in zip(*guesses))
         guesses.clear()
-        return {"pseudo_label_accuracy": evaluate.pseudo_label_accuracy(task.new_answers, indices, labels)}
+        return evaluate.pseudo_label_accuracy(task.new_answers, indices, labels)
 
     new = tune("new", learner, images, batches, step, args.epochs // 2, args.new_lr, args, record, report)
     return learner, {"base": base, "new": new}
@@ -187,52 +194,55 @@ def main(arguments=None):
     parser, args = settings(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)
-               and name not in ("dataset", "backbone", "method", "seed", "root", "device", "workers", "out")}
+    unsaid = ["dataset", "backbone", "method", "seed", "download", "device", "workers", "out"]
+    unsaid += ["root"] * (args.dataset != "folder")
+    changed = {name: value for name, value in vars(args).items()
+               if value != parser.get_default(name) and name not in unsaid}
     if args.workers is None:  # the demo draws its images faster than a worker hands them over
         args.workers = 0 if args.dataset in data.DEMOS else min(8, os.cpu_count() or 1)
     for folder in args.eval or ():
         evaluate.score_again(folder, args.device, args.workers, args.root, args.clip)
     if args.eval:
         return
-    args.root, args.unlabeled_shots = args.root or "data", args.unlabeled_shots or args.shots
+    args.unlabeled_shots, cross = args.unlabeled_shots or args.shots, args.protocol == "cross-dataset"
+    args.epochs = args.epochs or (5 if cross else 20)
+    args.base_epochs = args.epochs if cross else (args.epochs + 1) // 2  # of MAO's base phase
     args.clip = args.clip or ("demo" if args.dataset in data.DEMOS else "ViT-B/16")
     args.settings = settings_of(BACKBONES[args.backbone], args)
     if args.cache_views and BACKBONES[args.backbone].prompts_images:
         raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
 
     # Data and CLIP, and whether the settings fit them.
-    source = data.open_dataset(args.dataset, args.root, download=True)
-    task = data.open_task(source, args.shots, args.unlabeled_shots, args.seed)
+    task = task_of(vars(args), args.download)
     clip_model, sha256 = load_clip(demo.WEIGHTS if args.clip == "demo" else args.clip, args.device)
-    foundation = ZeroShot(clip_model, task.base_names, task.template)
+    foundation = ZeroShot(clip_model, task.base_names)
     tests = evaluate.Tests(task, foundation, args.device, args.workers)
-    BACKBONES[args.backbone](clip_model, task.base_names + task.new_names, **args.settings)
-    paper = paper_batch(len(task.base_names))
+    every = task.base_names + task.new_names + sum([test.names for test in task.tests.values()], [])
+    BACKBONES[args.backbone](clip_model, every, **args.settings)  # whether all names fit
+    count, paper = len(task.base_names), paper_batch(len(task.base_names))
     args.anchors, args.top_k = args.anchors or paper[0], args.top_k or paper[1]
-    if args.top_k > len(task.base_names):
-        raise ValueError(f"top-k is {args.top_k}, but there are {len(task.base_names)} classes: choose that or less")
-    if args.anchors * args.top_k > len(task.base_names):
-        warn(f"b*K = {args.anchors}*{args.top_k} exceeds the {len(task.base_names)} base classes: reg-B may become "
-             "plain cross-entropy (appendix B); lower --anchors or --top-k")
+    if args.top_k > count:
+        raise ValueError(f"top-k is {args.top_k}, but there are {count} classes: choose that or less")
+    if args.anchors * args.top_k > count:
+        warn(f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
+             "cross-entropy (appendix B); lower --anchors or --top-k")
     if "mao" in args.method and args.epochs < 4:
         warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
 
     rows = []
     for method in dict.fromkeys(args.method):
-        base_lr = args.lr or (MAO_LR if method == "mao" and not args.no_base else BACKBONE_LR)
+        mao = method == "mao"
+        base_lr = args.lr or (MAO_LR if cross or mao and not args.no_base else BACKBONE_LR)
         row = argparse.Namespace(**{
             **vars(args), "method": method, "base_lr": None if method == "zeroshot" else base_lr,
-            "new_lr": args.lr or MAO_LR if method == "mao" and not args.no_new else None})
+            "new_lr": args.lr or MAO_LR if mao and task.new_names and not args.no_new else None})
         name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
         record = Record(pathlib.Path(args.out) / name, {
-            **vars(row), **SGD, "warmup_lr": WARMUP_LR, "template": task.template, "crop_scale": task.crop_scale,
-            "clip_sha256": sha256, "threads": torch.get_num_threads()})
+            **vars(row), **SGD, "warmup_lr": WARMUP_LR, "crop_scale": task.crop_scale, "clip_sha256": sha256,
+            "templates": {k: test.template for k, test in task.tests.items()}, "threads": torch.get_num_threads()})
         learner, prompts = (foundation, None) if method == "zeroshot" else tune_row(row, task, clip_model, record)
-        cost = {"learnable_parameters": sum(p.numel() for p in learner.parameters()), "seconds": record.seconds,
-                "peak_mib": peak_mib(args.device)}
-        rows.append((method, {**evaluate.score(learner, prompts, task, tests, args.device), **cost}))
-        record.result(rows[-1][1])
+        scores = evaluate.score(learner, prompts, task, tests, args.device)
+        rows.append((method, record.result(scores, learner, args.device)))
     show(vars(args), rows, BACKBONES[args.backbone].__name__)
 
 

@@ -1,7 +1,7 @@
 """What tuning costs: the columns of Table 3 for every backbone with and without MAO, beside a straightforward baseline.
 
-    python -m experiments.bench --quick             each call once, fewer classes; with --backbones coop: CoOp alone
-    python -m experiments.bench --json bench.json   medians of three, in a file too
+    python -m experiments.bench --quick             each call once, MAO's rows for CoOp only
+    python -m experiments.bench --json bench.json   all rows, medians of three (--repeats), in a file too
 
 The baseline does what the authors' releases do: all classes at all 77 positions, every prompt whole, by clip's own
 modules (nn.MultiheadAttention), images encoded anew. Weights are random, at ViT-B/16's sizes (speed does not depend on
@@ -9,7 +9,6 @@ them); the classes are the 51 base classes of Flowers102. Every fast path is che
 Ratios are the baseline's time or memory over ours, unless the name says otherwise.
 """
 
-import argparse
 import ctypes
 import json
 import pathlib
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from backbones import BACKBONES, ZeroShot, clip, frozen_image_features
+from command import Parser, at_least, end
 from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
 from record import write
@@ -79,7 +79,8 @@ class Baseline:
             x = block(x)
         x = model.ln_final(x.transpose(0, 1))
         x = x[torch.arange(len(x)), self.tokens.argmax(dim=-1)] @ model.text_projection
-        return F.normalize(x, dim=-1)  # the candidates' rows, if any, are taken afterwards
+        self.found = F.normalize(x, dim=-1)
+        return self.found  # the candidates' rows, if any, are taken afterwards
 
     def image_features(self, images):
         learner, visual = self.learner, self.model.visual
@@ -166,9 +167,9 @@ def difference(ours, theirs):
 # The bench ------------------------------------------------------------------------------------------------------------
 
 
-def bench(sizes="vit-b/16", device="cpu", quick=True, backbones=tuple(BACKBONES)):
+def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple(BACKBONES)):
     """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
-    measure = Meter(device, 1 if quick else 3)
+    measure = Meter(device, repeats)
     model = random_clip(sizes, device)
     classnames = names(51)
     torch.manual_seed(1)
@@ -199,12 +200,6 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, backbones=tuple(BACKBONES)
             shared = images if learner.prompts_images else frozen
             return new_step(learner, shared, pseudo_labels, frozen_features=frozen)
 
-        def image_side(learner=learner):
-            if not learner.prompts_images or hasattr(learner, "other_losses"):
-                frozen_image_features(model, images)
-            if learner.prompts_images:
-                learner.image_features(images).sum().backward()
-
         labels = torch.arange(BATCH) % 51
         authors = step(lambda: baseline.step(images, labels))
         theirs = learner.found
@@ -212,22 +207,25 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, backbones=tuple(BACKBONES)
         differences[f"{backbone}: loss and gradients"] = difference(learner.found, theirs)
         with torch.no_grad():
             differences[f"{backbone}: candidates' text features"] = difference(
-                [learner.text_features(classes)], [baseline.text_features()[classes]])
-        base, new = step(lambda: base_step(learner, images, hard)), step(new_phase)
-        bound, _ = measure(image_side)
+                [learner.text_features(classes)], [baseline.found[classes]])
+        bound = 0 if learner.prompts_images and not hasattr(learner, "other_losses") else encode
+        if learner.prompts_images:
+            bound += measure(lambda: learner.image_features(images).sum().backward())[0]
 
         parameters = sum(p.numel() for p in learner.parameters())
-        for name, (seconds, mib), steps in (
-                (f"{cls.__name__}, authors' way", authors, plain_steps), (cls.__name__, plain, plain_steps),
-                (f"{cls.__name__}, as many steps as MAO's base phase", plain, base_steps),
-                (f"{cls.__name__} + MAO, base phase", base, base_steps),
-                (f"{cls.__name__} + MAO, new phase", new, plain_steps)):
-            rows.append({"row": name, "learnable": parameters, "mib": mib, "step": seconds, "steps": steps})
+        measured = [(", authors' way", authors, plain_steps), ("", plain, plain_steps),
+                    (", as many steps as MAO's base phase", plain, base_steps)]
         ratios[f"{backbone}_step"] = authors[0] / plain[0]
         ratios[f"{backbone}_step_memory"] = authors[1] / plain[1]
         ratios[f"{backbone}_step_to_image_side"] = plain[0] / bound
-        ratios[f"mao_step_to_{backbone}_step"] = base[0] / plain[0]
-        ratios[f"mao_new_step_to_{backbone}_step"] = new[0] / plain[0]
+        if backbone == "coop" or not quick:
+            base, new = step(lambda: base_step(learner, images, hard)), step(new_phase)
+            ratios[f"mao_step_to_{backbone}_step"] = base[0] / plain[0]
+            ratios[f"mao_new_step_to_{backbone}_step"] = new[0] / plain[0]
+            measured += [(" + MAO, base phase", base, base_steps), (" + MAO, new phase", new, plain_steps)]
+        for name, (seconds, mib), steps in measured:
+            rows.append({"row": cls.__name__ + name, "learnable": parameters, "mib": mib, "step": seconds,
+                         "steps": steps})
         if backbone == "coop":
             g = torch.randn(51, f.shape[1], device=device)
             authors_text, _ = step(lambda: (baseline.text_features() * g).sum())
@@ -240,15 +238,20 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, backbones=tuple(BACKBONES)
             rows.append({"row": f"CoOp + MAO, base phase, {VIEWS} cached views (their encoding spread over the phase)",
                          "learnable": parameters, "mib": mib, "step": cached + encoding / steps, "steps": base_steps})
 
+    # Over the classes. With --quick the authors' way runs forward only, which understates its memory.
     sweep = []
     for count in tqdm((10, 50, 100, 200, 1000) if quick else (10, 50, 100, 200, 500, 1000), "text side"):
         for backbone in [name for name in ("coop", "maple") if name in backbones]:
             learner = BACKBONES[backbone](model, names(count))
             few = torch.arange(min(count, len(classes)), device=device)  # as many candidates as the batch above
-            line = {"backbone": backbone, "classes": count, "authors": None}
-            if backbone == "coop" and count <= 200:
-                line["authors"] = measure(lambda: Baseline(learner, names(count)).text_features().sum().backward())
-            line["plain"] = measure(lambda: learner.text_features().sum().backward())
+            line = {"backbone": backbone, "classes": count, "authors": None, "plain": None}
+            if backbone == "coop" and (100 <= count <= 200 if quick else count <= 200):
+                baseline = Baseline(learner, names(count))
+                line["authors"] = measure(baseline.text_features if quick
+                                          else lambda: baseline.text_features().sum().backward())
+                del baseline
+            if backbone == "coop" or count < 1000 or not quick:
+                line["plain"] = measure(lambda: learner.text_features().sum().backward())
             line["mao"] = measure(lambda: learner.text_features(few).sum().backward())
             sweep.append(line)
     memory = {line["classes"]: line for line in sweep if line["backbone"] == "coop"}
@@ -297,19 +300,22 @@ def show(found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each call once, fewer classes")
+    parser = Parser("experiments.bench", __doc__)
+    parser.add_argument("--quick", action="store_true", help="MAO's rows for CoOp only, fewer classes, each call once")
+    parser.add_argument("--repeats", type=at_least(1), metavar="N", help="calls of which the median is taken, after one to "
+                        "warm up where there are several (default: 3; quick: 1)")
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES),
                         help="besides coop (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    found = bench(args.sizes, args.device, args.quick, dict.fromkeys(["coop", *args.backbones]))
+    repeats = args.repeats or (1 if args.quick else 3)
+    found = bench(args.sizes, args.device, args.quick, repeats, dict.fromkeys(["coop", *args.backbones]))
     show(found)
     if args.json:
         write(pathlib.Path(args.json), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    end("experiments.bench", main)

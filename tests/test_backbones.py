@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 import demo
-import data
+import loaders
 from backbones import (BACKBONES, TEMPLATES, CoOp, MaPLe, PromptLearner, PromptSRC, ZeroShot, load_clip, tokenize)
 from mao import base_step
 
@@ -35,7 +35,7 @@ def test_we_run_clip_as_clip_does(small):
 def test_we_see_pixels_as_clip_does(small):
     _, preprocess = clip.load(str(demo.WEIGHTS), device="cpu")
     picture = demo.read("ice/test/blue circle/00").resize((50, 40))
-    ours = data.model_input(data.test_transform(32)(picture)[None])[0]
+    ours = loaders.model_input(loaders.test_transform(32)(picture)[None])[0]
     assert torch.allclose(ours, preprocess(picture), atol=1e-6)
 
 

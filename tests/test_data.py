@@ -9,7 +9,10 @@ import torch
 
 import data
 import demo
+import download
 import evaluate
+import loaders
+import tasks
 
 EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # images a class in CoOp's split
 
@@ -22,13 +25,13 @@ EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # 
 def test_the_draw_is_the_published_one(seed, first, checksum):
     """Positions within their class of EuroSAT's published 16-shot draws, and a checksum of all 160."""
     items = [[position, label, ""] for label, count in enumerate(EUROSAT_TRAIN) for position in range(count)]
-    drawn = [position for position, _, _ in data.few_shot(items, 16, seed)]
+    drawn = [position for position, _, _ in data.few_shot({"train": items}, 16, seed)["train"]]
     assert drawn[:5] == first and zlib.crc32(json.dumps(drawn).encode()) == checksum
 
 
 def test_a_class_with_fewer_images_gives_all_and_draws_nothing():
     items = [["x0", 5, "x"], ["y0", 2, "y"], ["y1", 2, "y"], ["y2", 2, "y"], ["x1", 5, "x"]]
-    drawn = data.few_shot(items, 3, 1)
+    drawn = data.few_shot({"train": items}, 3, 1)["train"]
     assert [path for path, _, _ in drawn[:2]] == ["x0", "x1"]
     assert sorted(path for path, _, _ in drawn[2:]) == ["y0", "y1", "y2"]
 
@@ -42,14 +45,14 @@ def test_halves_and_labels():
 
 def test_the_eleven_demo_domains():
     assert len(demo.LIGHTS) == 11 and len(demo.CLASSNAMES) == 100
-    task = data.open_task(data.open_dataset("demo-neon"))
+    task = tasks.open_task(data.open_dataset("demo-neon"))
     assert (len(task.base_names), len(task.new_names)) == (50, 50)
     assert (len(task.base_train), len(task.new_train)) == (800, 800)
     assert not {n.split()[0] for n in task.base_names} & {n.split()[0] for n in task.new_names}  # other colours
-    assert not set(task.new_train) & {path for path, _, _ in task.new_test}
-    path = task.new_test[0][0]
+    assert not set(task.new_train) & {path for path, _, _ in task.tests["new"].items}
+    path = task.tests["new"].items[0][0]
     assert demo.read(path).tobytes() == demo.read.__wrapped__(path).tobytes()  # drawn again, the same
-    assert min(np.bincount([label for _, label, _ in task.new_test])) >= 20
+    assert min(np.bincount([label for _, label, _ in task.tests["new"].items])) >= 20
 
 
 def test_pretraining_is_deterministic(tmp_path):
@@ -64,28 +67,28 @@ def test_pretraining_is_deterministic(tmp_path):
 
 
 def test_the_new_phase_has_no_labels():
-    task = data.open_task(data.open_dataset("demo-plain"), shots=2, unlabeled_shots=3)
+    task = tasks.open_task(data.open_dataset("demo-plain"), shots=2, unlabeled_shots=3)
     assert all(isinstance(path, str) for path in task.new_train) and len(task.new_train) == 150
-    images = data.Images(task.new_train, task.read, data.test_transform(32))
-    loader = data.training_loader(images, data.ShuffledBatches(len(images), 32, 1), seed=1, phase=2)
+    images = loaders.Images(task.new_train, task.read, loaders.test_transform(32))
+    loader = loaders.training_loader(images, loaders.ShuffledBatches(len(images), 32, 1), seed=1, phase=2)
     seen = [indices for _, indices in loader]
     assert len(loader) == 4 and len(set(torch.cat(seen).tolist())) == 128  # an index each, the last batch dropped
     right = torch.tensor(task.new_answers)[torch.cat(seen)]
-    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == 100
+    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == {"pseudo_label_accuracy": 100}
     right[:32] += 1
-    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == 75
+    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == {"pseudo_label_accuracy": 75}
 
 
 def test_a_small_set_makes_one_smaller_batch():
-    assert [len(batch) for batch in data.ShuffledBatches(5, 32, 1)] == [5]
+    assert [len(batch) for batch in loaders.ShuffledBatches(5, 32, 1)] == [5]
 
 
 def test_augmentation_does_not_depend_on_workers():
-    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
-    images = data.Images([path for path, _, _ in task.base_train], task.read, data.train_transform(32, (0.3, 1)))
+    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
+    images = loaders.Images([path for path, _, _ in task.base_train], task.read, loaders.train_transform(32, (0.3, 1)))
     epochs = {}
     for workers in (0, 1, 2):
-        loader = data.training_loader(images, data.ShuffledBatches(50, 8, 1), 1, 1, workers)
+        loader = loaders.training_loader(images, loaders.ShuffledBatches(50, 8, 1), 1, 1, workers)
         for epoch in (1, 2):
             torch.manual_seed(workers)  # the global state must not matter
             loader.batch_sampler.set_epoch(epoch)
@@ -96,15 +99,15 @@ def test_augmentation_does_not_depend_on_workers():
 
 
 def test_loading_leaves_the_global_generator_alone():
-    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
+    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
     before = torch.random.get_rng_state()
-    data.Images(task.new_train, task.read, data.train_transform(32, (0.3, 1)))[0, 7]
+    loaders.Images(task.new_train, task.read, loaders.train_transform(32, (0.3, 1)))[0, 7]
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_eurosat_in_coops_layout(eurosat, command):
     source = data.open_dataset("eurosat", eurosat)
-    task = data.open_task(source, shots=4)
+    task = tasks.open_task(source, shots=4)
     assert task.base_names == ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
                                "Industrial Buildings"]
     code, out, _ = command("data.py", "eurosat", "--root", eurosat, "--shots", 4)
@@ -113,7 +116,7 @@ def test_eurosat_in_coops_layout(eurosat, command):
     for name in ("train", "base", "new", "test"):
         lists[name] = command("data.py", "eurosat", "--root", eurosat, "--shots", 4, "--list", name)[1].splitlines()
     assert [line.split("\t") for line in lists["train"]] == \
-        [[path, str(label), name] for path, label, name in data.few_shot(source.split["train"], 4, 1)]
+        [[path, str(label), name] for path, label, name in data.few_shot(source.split, 4, 1)["train"]]
     assert [line.split("\t")[0] for line in lists["base"] + lists["new"]] == [l.split("\t")[0] for l in lists["train"]]
     assert lists["new"][0].split("\t")[1:] == ["0", "Pasture Land"] and len(lists["test"]) == 20
 
@@ -132,13 +135,13 @@ def test_a_download_is_moved_in_when_it_is_whole(eurosat, monkeypatch):
         (eurosat / "images").rename(data.pathlib.Path(root) / "eurosat" / "2750")
 
     (eurosat / "eurosat" / "2750").rename(eurosat / "images")
-    monkeypatch.setattr(data.torchvision_datasets, "EuroSAT", fetch)
+    monkeypatch.setattr(download.datasets, "EuroSAT", fetch)
     source = data.open_dataset("eurosat", eurosat, download=True)
     assert source.image_folder.is_dir() and sorted(path.name for path in eurosat.iterdir()) == ["eurosat"]
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor the images"),
+    (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor .*2750 is there"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [1]'), "is not a split file"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [["a", 0]], "test": []}'), "is not a"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
@@ -150,17 +153,17 @@ def test_a_broken_root_is_one_sentence(eurosat, command, damage, message):
     code, out, err = command("data.py", "eurosat", "--root", eurosat)
     assert code == 2 and out == "" and err.count("\n") == 1
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        data.open_task(data.open_dataset("eurosat", eurosat))
+        tasks.open_task(data.open_dataset("eurosat", eurosat))
 
 
 def test_an_unreadable_image_is_named(eurosat):
     (eurosat / "eurosat" / "2750" / "Forest" / "Forest_1.jpg").write_bytes(b"not a JPEG")
-    read = data.FolderReader(eurosat / "eurosat" / "2750")
+    read = loaders.FolderReader(eurosat / "eurosat" / "2750")
     for path in ("Forest/Forest_1.jpg", "Forest/Forest_99.jpg"):
-        with pytest.raises(data.UnreadableImage, match=path):
+        with pytest.raises(loaders.UnreadableImage, match=path):
             read(path)
-        loader = data.training_loader(data.Images([path] * 2, read, data.test_transform(32)),
-                                      data.ShuffledBatches(2, 2, 1), 1, 1, workers=1)
-        with pytest.raises(data.UnreadableImage) as error:
+        loader = loaders.training_loader(loaders.Images([path] * 2, read, loaders.test_transform(32)),
+                                      loaders.ShuffledBatches(2, 2, 1), 1, 1, workers=1)
+        with pytest.raises(loaders.UnreadableImage) as error:
             next(iter(loader))
         assert path in str(error.value) and "\n" not in str(error.value)

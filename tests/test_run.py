@@ -16,7 +16,9 @@ import safetensors.torch
 import data
 import demo
 import evaluate
+import loaders
 import run
+import tasks
 from backbones import BACKBONES, load_clip
 
 ROWS = ("zeroshot", "backbone", "mao")
@@ -128,16 +130,16 @@ def test_the_same_bits_whatever_the_workers(tune):
 def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatch):
     """With other answers and other test images, the same prompts; the scores are what changes."""
     *_, runs = tune("--method", "mao", "backbone")
-    open_task = data.open_task
+    open_task = tasks.open_task
 
     def tampered(*arguments, **options):
         task = open_task(*arguments, **options)
         task.new_answers = [(label + 1) % 5 for label in task.new_answers]
-        task.base_test = [[path, (label + 1) % 5, name] for path, label, name in task.new_test]
-        task.new_test = task.base_test[:5]
+        items = [[path, (label + 1) % 5, name] for path, label, name in task.tests["new"].items]
+        task.tests = {"base": task.tests["base"]._replace(items=items), "new": task.tests["new"]._replace(items=items[:5])}
         return task
 
-    monkeypatch.setattr(data, "open_task", tampered)
+    monkeypatch.setattr(tasks, "open_task", tampered)
     *_, other = tune("--method", "mao", "backbone", out="tampered")
     for method, names in (("mao", ["base.safetensors", "new.safetensors"]), ("backbone", ["base.safetensors"])):
         for name in names:
@@ -172,11 +174,11 @@ def test_cached_views(tune):
 
 
 def test_cached_views_are_the_augmented_images():
-    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
-    images = data.Images(task.new_train, task.read, data.train_transform(32, (0.3, 1)))
-    cached = data.CachedViews(images, 4, lambda pictures: pictures.flatten(1) / 255, seed=1, phase=2)
+    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
+    images = loaders.Images(task.new_train, task.read, loaders.train_transform(32, (0.3, 1)))
+    cached = loaders.CachedViews(images, 4, lambda pictures: pictures.flatten(1) / 255, seed=1, phase=2)
     features, index = cached[7, 13]
-    again, _ = images[7, data.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
+    again, _ = images[7, loaders.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
     assert index == 7 and (features.float() - again.flatten() / 255).abs().max() < 1e-3
     assert len({bytes(cached[7, view][0].numpy().tobytes()) for view in range(4)}) == 4
 
@@ -238,7 +240,7 @@ def test_without_a_network(command, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setenv("HOME", str(tmp_path))
     code, _, err = command("run.py", "--dataset", "eurosat", "--root", tmp_path / "data")
-    assert code == 2 and "EuroSAT is not in" in err and "could not be downloaded" in err and "Traceback" not in err
+    assert code == 2 and "eurosat is not in" in err and "could not be downloaded" in err and "Traceback" not in err
     assert not (tmp_path / "data").exists()
     code, _, err = command("run.py", "--clip", "ViT-B/16")
     assert code == 2 and "CLIP ViT-B/16 could not be downloaded" in err and "Traceback" not in err
@@ -290,16 +292,16 @@ def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eur
     *_, runs = tune("--method", "mao")
     folder = only(runs, "mao")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    read, broken = data.FolderReader.__call__, data.UnreadableImage("cannot read the image")
+    read, broken = loaders.FolderReader.__call__, loaders.UnreadableImage("cannot read the image")
 
     def fail(*arguments):
         raise broken
 
-    monkeypatch.setattr(data.FolderReader, "__call__", fail)
+    monkeypatch.setattr(loaders.FolderReader, "__call__", fail)
     assert tune("--method", "mao")[0] == 2
     previous = folder.with_name(folder.name + ".previous")
     assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
-    monkeypatch.setattr(data.FolderReader, "__call__", read)
+    monkeypatch.setattr(loaders.FolderReader, "__call__", read)
     assert tune("--method", "mao")[0] == 0 and not previous.exists()
     moved = eurosat.rename(eurosat.with_name("moved"))
     assert command("run.py", "--eval", folder, "--root", moved)[0] == 0
