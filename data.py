@@ -267,10 +267,10 @@ def read_split(name, layout, folder):
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
         for part in ("train", "test"):
-            if not split[part] or not all(isinstance(p, str) and isinstance(l, int) and isinstance(c, str)
-                                          for p, l, c in split[part]):
+            if not split[part] or [*map(type, split[part][0])] != [str, int, str]:
                 raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+            split[part] = [[str(image), int(label), str(name)] for image, label, name in split[part]]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not a split file: it needs lists 'train' and 'test' of "
                          "[path, label, class name]; get CoOp's own again") from error
     return split
@@ -286,7 +286,7 @@ def checked(source):
     names = class_names(source)
     test_names = {label: name for _, label, name in source.split["test"]}
     for part, here, there in (("test", names, test_names), ("training", test_names, names)):
-        for label in here.keys() - there.keys():
+        for label in sorted(here.keys() - there.keys()):
             raise ValueError(f"the class '{here[label]}' has no {part} image: add some, or take the class out")
     label_of = {}
     for label, name in names.items():

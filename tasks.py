@@ -144,8 +144,9 @@ def task_of(settings, download=False):
         raise ValueError(f"--unlabeled has no place in the {settings['protocol']} protocol, which has no new phase")
     root = root or "data"
 
-    def opened(name):
-        return open_dataset(name, root, download or name == "eurosat")  # 90 MB: fetched without being asked
+    def opened(name):  # EuroSAT's 90 MB are fetched without being asked
+        asked = download or name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists()
+        return open_dataset(name, root, asked)
 
     source = opened(name)
     if settings["protocol"] == "cross-dataset":
