@@ -79,29 +79,35 @@ def encode_prompts(clip_model, prefix, suffix, ends, deep=()):
     ends: int64 [H], where in its suffix a prompt's end-of-text token stands. deep: contexts [n, w]; the i-th (from 0)
     replaces what stands after the start token before layer i + 1.
 
-    Attention is causal, which makes three savings exact: the prefix is run once, not H times; what comes after the
-    longest end-of-text token is left out (P + S positions, not 77); the last layer is run for the end tokens alone.
+    Attention is causal, which makes three savings exact: the prefix is run once, not H times; what comes after a
+    prompt's end-of-text token is left out (N suffix tokens are, packed); the last layer is run for the end tokens alone.
     """
     (P, _), (H, S, _) = prefix.shape, suffix.shape
-    position = clip_model.positional_embedding
-    x = torch.cat([prefix + position[:P], (suffix + position[P : P + S]).flatten(0, 1)])  # packed: [P + H*S, w]
-    mask = torch.ones(S, P + S, dtype=torch.bool, device=x.device).tril(P)  # a token sees the prefix and its past
-    end_rows = P + S * torch.arange(H, device=x.device) + ends
+    position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
+    real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S]
+    kept = real.nonzero()[:, 0].to(device)  # [N], which suffix tokens are packed
+    rows = (P - 1 + real.cumsum(0)).to(device)  # [H*S], where they are then; what follows an end points to that end
+    mask = torch.ones(S, P + S, dtype=torch.bool, device=device).tril(P)  # a token sees the prefix and its past
+    x = torch.cat([prefix + position[:P], (suffix + position[P : P + S]).flatten(0, 1)[kept]])  # [P + N, w]
 
-    def with_prefix(k):  # a suffix's keys or values behind the shared ones: [heads, P + H*S, .] -> [heads, H, P + S, .]
-        return torch.cat([k[:, None, :P].expand(-1, H, -1, -1), k[:, P:].unflatten(1, (H, S))], dim=2)
+    def unpacked(k):  # [heads, P + N, .] -> [heads, H, S, .]
+        return k.index_select(1, rows).unflatten(1, (H, S))
+
+    def with_prefix(k):  # a suffix's keys or values behind the shared ones: [heads, P + N, .] -> [heads, H, P + S, .]
+        return torch.cat([k[:, None, :P].expand(-1, H, -1, -1), unpacked(k)], dim=2)
 
     layers = clip_model.transformer.resblocks
     for layer, block in enumerate(layers):
         if 0 < layer <= len(deep):
             x = torch.cat([x[:1], deep[layer - 1], x[1 + len(deep[layer - 1]) :]])
-        q, k, v = project(block, x)  # [heads, P + H*S, w/heads]
+        q, k, v = project(block, x)  # [heads, P + N, w/heads]
         if block is layers[-1]:
             break
         p = F.scaled_dot_product_attention(q[None, :, :P], k[None, :, :P], v[None, :, :P], is_causal=True)[0]
-        s = F.scaled_dot_product_attention(q[:, P:].unflatten(1, (H, S)), with_prefix(k), with_prefix(v), mask)
-        x = finish(block, x, torch.cat([p, s.flatten(1, 2)], dim=1))
-    q = q[:, end_rows, None]  # [heads, H, 1, w/heads]
+        s = F.scaled_dot_product_attention(unpacked(q), with_prefix(k), with_prefix(v), mask)
+        x = finish(block, x, torch.cat([p, s.flatten(1, 2).index_select(1, kept)], dim=1))
+    end_rows = rows[S - 1 :: S]  # [H]
+    q = q.index_select(1, end_rows).unsqueeze(2)  # [heads, H, 1, w/heads]
     s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])
     x = finish(block, x[end_rows], s.squeeze(2))  # [H, w]
     return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
@@ -133,7 +139,7 @@ def encode_images(clip_model, images, context=None, deep=()):
 
 
 def tokenize(clip_model, texts):
-    """CLIP's tokens of texts, cut after the longest: (int64 [C, T], positions of the end-of-text tokens [C]).
+    """CLIP's tokens of texts, cut after the longest: (int64 [C, T], the end-of-text tokens' positions [C] on the CPU).
 
     ValueError: a text is longer than CLIP's context.
     """
@@ -144,8 +150,7 @@ def tokenize(clip_model, texts):
         raise ValueError(f"the prompt '{longest[:20]} ... {longest[-40:]}' does not fit CLIP's "
                          f"{clip_model.context_length} positions: take fewer contexts or a shorter name") from error
     ends = tokens.argmax(dim=-1)
-    device = clip_model.positional_embedding.device
-    return tokens[:, : ends.max() + 1].to(device), ends.to(device)
+    return tokens[:, : ends.max() + 1].to(clip_model.positional_embedding.device), ends
 
 
 # Zero-shot CLIP -------------------------------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ class PromptLearner(nn.Module):
         """g(P_t), the prompts of all classes [C, d], or of an index tensor of H classes [H, d]; unit length."""
         suffix, ends = self.suffix, self.ends  # [CLASS] . [end]  [C, S, w]
         if classes is not None:
-            suffix, ends = suffix[classes], ends[classes]  # [H, S, w]
+            suffix, ends = suffix[classes], ends[classes.cpu()]  # [H, S, w]
         prefix = torch.cat([self.start, self.ctx, self.fixed])  # [start] P  [1 + L, w]
         return F.normalize(encode_prompts(self.clip_model, prefix, suffix, ends, self.deep_text()), dim=-1)
 

@@ -2,7 +2,8 @@
 
 This file needs PyTorch alone: copy it. A prompt learner, the paper's "backbone", is any object with
 
-    text_features(classes=None)   [H, d], unit length; `classes` an index tensor [H], or None for all classes
+    text_features(classes=None)   [H, d], unit length; `classes` an index tensor [H] where the batch's labels are (a
+                                  loader's: on the CPU), or None for all classes
     image_features(images)        [B, d], unit length
     logit_scale                   the multiplier 1/tau, 100 for the released CLIPs
 
@@ -67,7 +68,7 @@ def base_step(learner, images, labels):
     """
     classes, targets = candidates(labels)  # C~'_b [H], c_i [b*K]
     f = learner.image_features(images)  # f(I'_b)  [b*K, d]
-    classes, targets = classes.to(f.device), targets.to(f.device)
+    targets = targets.to(f.device)
     if not hasattr(learner, "other_losses"):
         g = learner.text_features(classes)  # g(C~'_b)  [H, d]
         return alterable_cross_entropy(f, g, targets, learner.logit_scale)

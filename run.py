@@ -226,7 +226,7 @@ def main(arguments=None):
     if args.anchors * args.top_k > count:
         warn(f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
              "cross-entropy (appendix B); lower --anchors or --top-k")
-    if "mao" in args.method and args.epochs < 4:
+    if "mao" in args.method and args.epochs < 4 and not cross:
         warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
 
     rows = []

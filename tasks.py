@@ -133,15 +133,18 @@ def task_of(settings, download=False):
 
     Looks for every image, opens none. ValueError, FileNotFoundError: as the functions above, or an image is missing.
     """
-    settings = {"protocol": PROTOCOLS[0], **dict.fromkeys(("unlabeled", "new_classes", "new_test")), **settings}
-    name, root, shots, seed = (settings[key] for key in ("dataset", "root", "shots", "seed"))
+    optional = dict.fromkeys(("unlabeled", "new_classes", "new_test"))
+    settings = {"protocol": PROTOCOLS[0], "targets": ["all"], **optional, **settings}
+    name, root, shots, seed, protocol, targets, unlabeled, new_classes, new_test = (settings[key] for key in (
+        "dataset", "root", "shots", "seed", "protocol", "targets", *optional))
     if name == "folder" and not root:
         raise ValueError("--dataset folder needs --root, the folder of your class folders")
-    unlabeled, new_classes, new_test = (settings[key] for key in ("unlabeled", "new_classes", "new_test"))
-    if not unlabeled == new_classes == new_test is None and not (unlabeled and new_classes):
+    if bool(unlabeled) != bool(new_classes) or new_test and not unlabeled:
         raise ValueError("--unlabeled DIR and --new-classes FILE go together (and --new-test with them): give both")
-    if unlabeled and settings["protocol"] != "base-to-new":
-        raise ValueError(f"--unlabeled has no place in the {settings['protocol']} protocol, which has no new phase")
+    if unlabeled and protocol != "base-to-new":
+        raise ValueError(f"--unlabeled has no place in the {protocol} protocol, which has no new phase")
+    if targets != ["all"] and protocol != "cross-dataset":
+        raise ValueError(f"--targets has no place in the {protocol} protocol: add --protocol cross-dataset")
     root = root or "data"
 
     def opened(name):  # EuroSAT's 90 MB are fetched without being asked
@@ -149,13 +152,12 @@ def task_of(settings, download=False):
         return open_dataset(name, root, asked)
 
     source = opened(name)
-    if settings["protocol"] == "cross-dataset":
-        targets = settings["targets"]
-        if targets == ["all"]:  # the others of its kind
-            targets = [other for other in (DEMOS[1:] if name in DEMOS else LAYOUTS)
-                       if other not in (name, name.replace("demo", f"demo-{demo.DEFAULT}"))]
+    if protocol == "cross-dataset":
+        if targets == ["all"]:  # the others of its kind; "demo" is a name for one of them
+            same = f"demo-{demo.DEFAULT}" if name == "demo" else name
+            targets = [other for other in (DEMOS[1:] if name in DEMOS else LAYOUTS) if other != same]
         task = open_whole_task(source, shots, seed, {name: source, **{target: opened(target) for target in targets}})
-    elif settings["protocol"] == "few-shot":
+    elif protocol == "few-shot":
         task = open_whole_task(source, shots, seed, {"accuracy": source})
     elif unlabeled:
         task = open_unlabeled_task(source, shots, seed, unlabeled, new_classes, new_test)

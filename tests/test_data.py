@@ -141,7 +141,7 @@ def test_a_download_is_moved_in_when_it_is_whole(eurosat, monkeypatch):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor .*2750 is there"),
+    (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor .*2750 is"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [1]'), "is not a split file"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [["a", 0]], "test": []}'), "is not a"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(

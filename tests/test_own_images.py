@@ -1,4 +1,4 @@
-"""Folders of one's own, images without labels, predictions; the other protocols; images and downloads that are broken."""
+"""Folders of one's own, images without labels, predictions; the other protocols; broken images and downloads."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def test_a_folder_of_ones_own(own, command, tmp_path, monkeypatch):
     assert [name for _, _, name in lists["test"][::3]] == ["Red Door", "blaue Tür", "old_gate"]
     (tmp_path / "link").symlink_to(own)
     assert data.open_dataset("folder", tmp_path / "link").split == lists
-    code, out, err = command("run.py", "--dataset", "folder", "--root", tmp_path / "link", *SMALL, "--out", tmp_path / "r")
+    code, _, err = command("run.py", "--dataset", "folder", "--root", tmp_path / "link", *SMALL, "--out", tmp_path / "r")
     assert code == 0, err
     assert sorted(path.name for path in (tmp_path / "r").iterdir())[0] == \
         "folder-coop-backbone-seed1-root-link-shots2-clip-demo-epochs4"
@@ -73,7 +73,7 @@ def test_train_and_test_folders(own, tmp_path):
     (lambda own: [path.rename(own.parent / path.name) for path in own.iterdir()], "holds no class folders"),
     (lambda own: (own / "empty").mkdir(), "empty holds no images"),
     (lambda own: own.joinpath("Red Door").rename(own / "blaue Tür" / "Red Door"), "2 classes are too few"),
-    (lambda own: [path.unlink() for path in list((own / "Red Door").iterdir())[1:]], "'Red Door' has no training image"),
+    (lambda own: [path.unlink() for path in list((own / "Red Door").iterdir())[1:]], "'Red Door' has no train"),
 ])
 def test_a_bad_folder_is_one_sentence(own, command, damage, message):
     damage(own)
@@ -143,7 +143,8 @@ def test_new_classes_without_labels(own, command, tmp_path):
     ({"--unlabeled": "nowhere"}, "there is no folder nowhere"), ({"--unlabeled": "empty"}, "empty holds no images"),
     ({"--new-classes": "nowhere"}, "cannot read class names in nowhere"),
     ({"--new-classes": "twice.txt"}, "names 'a' twice"), ({"--new-classes": "empty.txt"}, "empty.txt is empty"),
-    ({"--protocol": "few-shot"}, "which has no new phase"), ({"--root": None}, "needs --root"),
+    ({"--protocol": "few-shot"}, "which has no new phase"), ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
+    ({"--root": None}, "needs --root"),
     ({"--new-test": "own"}, "that names.txt does not name"), ({"--new-test": "nowhere"}, "there is no folder nowhere"),
 ])
 def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, change, message):
@@ -172,7 +173,7 @@ def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change
     clip_model, sha256 = load_clip(demo.WEIGHTS)
     config = {"dataset": "demo", "backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": sha256}
     record.Record(tmp_path / "run", config).prompts("new", CoOp(clip_model, ["a"]))
-    options = {"--prompt": "run/new.safetensors", "--classes": "names.txt", "--clip": "demo", "--out": "x.csv", **change}
+    options = {"--prompt": "run/new.safetensors", "--classes": "names.txt", "--out": "x.csv", **change}
     image = options.pop("image", "1.png")
     code, _, err = command("predict.py", image, *[word for pair in options.items() for word in pair])
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
@@ -183,7 +184,7 @@ def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change
 
 
 def test_cross_dataset(command, tmp_path):
-    """Table 2: one row of the source, the targets and their average; five epochs at MAO's rate, the base phase alone."""
+    """Table 2: the source, the targets and their average; five epochs at MAO's rate, the base phase alone."""
     code, out, err = command("run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gold",
                              "demo-plain", "--shots", 1, "--out", tmp_path)
     assert code == 0, err
@@ -283,7 +284,7 @@ def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, 
 
 
 def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
-    """DTD by torchvision and its split file from Google Drive; where that fails, CoOp's rule and a line that says so."""
+    """DTD by torchvision, its split file from Google Drive; where that fails, CoOp's rule and a line that says so."""
     class Whole:
         def __init__(self, root, download):
             for kind in ("banded", "dotted", "woven"):
@@ -293,9 +294,9 @@ def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
     def drive(id, output):
         if refused:
             raise gdown.exceptions.FileURLRetrievalError("Too many users\nhave viewed it")
-        items = [[f"{kind}/{kind}_{number}.jpg", label, kind] for label, kind in enumerate(("banded", "dotted", "woven"))
-                 for number in range(10)]
-        data.pathlib.Path(output).write_text(json.dumps({"train": items[:], "val": [], "test": items[::5]}))
+        items = [[f"{kind}/{kind}_{number}.jpg", label, kind]
+                 for label, kind in enumerate(("banded", "dotted", "woven")) for number in range(10)]
+        data.pathlib.Path(output).write_text(json.dumps({"train": items, "val": [], "test": items[::5]}))
 
     monkeypatch.setattr(download.datasets, "DTD", Whole)
     monkeypatch.setattr(gdown, "download", drive)

@@ -136,7 +136,8 @@ def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatc
         task = open_task(*arguments, **options)
         task.new_answers = [(label + 1) % 5 for label in task.new_answers]
         items = [[path, (label + 1) % 5, name] for path, label, name in task.tests["new"].items]
-        task.tests = {"base": task.tests["base"]._replace(items=items), "new": task.tests["new"]._replace(items=items[:5])}
+        for half, tampered_items in (("base", items), ("new", items[:5])):
+            task.tests[half] = task.tests[half]._replace(items=tampered_items)
         return task
 
     monkeypatch.setattr(tasks, "open_task", tampered)
