@@ -311,7 +311,7 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple
                     "repeats": measure.repeats, "date": time.strftime("%Y-%m-%d")},
         "ratios": ratios, "rows": rows, "sweep": sweep, "differences": differences,
         "memory_1000_classes_extrapolated_mib": extrapolated, "inference_images_a_second": BATCH / encode,
-        "share_of_matmul_rate": operations / encode / rate,
+        "share_of_matmul_rate": operations / encode / rate, "matmul_rate": rate,
     }
 
 
@@ -324,7 +324,8 @@ def show(found):
         print(f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} | {row['steps']} "
               f"| {BATCH * row['steps']:,} | {row['step'] * row['steps']:.1f} |")
     print(f"\ninference: {found['inference_images_a_second']:.1f} images/s, "
-          f"{100 * found['share_of_matmul_rate']:.0f}% of the device's measured matrix-multiply rate")
+          f"{100 * found['share_of_matmul_rate']:.0f}% of the device's measured matrix-multiply rate, "
+          f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s")
     print("\n| text side, forward and backward | classes | authors' way | all classes | MAO's candidates |"
           "\n|---|---|---|---|---|")
     for line in found["sweep"]:
