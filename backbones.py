@@ -80,7 +80,7 @@ def encode_prompts(clip_model, prefix, suffix, ends, deep=()):
     replaces what stands after the start token before layer i + 1.
 
     Attention is causal, which makes three savings exact: the prefix is run once, not H times; what comes after a
-    prompt's end-of-text token is left out (N suffix tokens are, packed); the last layer is run for the end tokens alone.
+    prompt's end-of-text token is left out (N suffix tokens stay); the last layer is run for the end tokens alone.
     """
     (P, _), (H, S, _) = prefix.shape, suffix.shape
     position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()

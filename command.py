@@ -6,6 +6,8 @@ import math
 import pathlib
 import sys
 
+from tqdm import tqdm
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
@@ -56,9 +58,12 @@ def end(name, main):
     """Runs a command to its exit. What a user can mend is a ValueError or OSError: one sentence, no traceback."""
     try:
         main()
+        return
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
+        code, text = 130, "stopped; what was finished is kept"
     except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        code, text = 2, error
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the sentence has a line of its own
+    print(f"{name}: {text}", file=sys.stderr)
+    sys.exit(code)

@@ -243,17 +243,18 @@ def read_split(name, layout, folder):
     ours = folder / (layout.split or "").replace("zhou", "seed1")
     path = next((path for path in (folder / (layout.split or ""), ours) if path.is_file()), None)
     if path is None:
+        by_hand = where_to_get(name, folder, folder / layout.images)
         try:
             lists = layout.lists(folder)
         except FileNotFoundError as error:
             looked_for = f"neither {folder / layout.split} nor {error.filename} is" if layout.split else \
                 f"{error.filename} is not"
             raise FileNotFoundError(
-                f"{looked_for} there: {'add --download, or ' * (name in BY_PROGRAM)}get {where_to_get(name, folder)}; "
-                f"or point --root at the folder that holds '{layout.folder}'") from error
+                f"{looked_for} there: {'add --download, or ' * (name in BY_PROGRAM)}get {by_hand}; or point --root at "
+                f"the folder that holds '{layout.folder}'") from error
         except (ValueError, KeyError, IndexError, TypeError, NotADirectoryError) as error:
             raise ValueError(f"the lists of {name} in {folder} cannot be read ({error}): get the dataset again, "
-                             f"{where_to_get(name, folder)}") from error
+                             f"{by_hand}") from error
         split = split_by_rule(lists)
         if layout.split:
             saved = f"into {ours.name}"
@@ -328,7 +329,7 @@ def split_by_rule(lists, seed=1):
 def folder_lists(root):
     """Lists of a folder of one's own: `root`/train and `root`/test, or class folders split by CoOp's rule."""
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}: give --root the folder of your class folders")
+        raise FileNotFoundError(f"{root} is not a folder: give --root the folder of your class folders")
     if not (root / "train").is_dir() or not (root / "test").is_dir():
         return split_by_rule(class_folders(root))
     parts = {part: class_folders(root / part)["all"] for part in ("train", "test")}
@@ -371,7 +372,8 @@ def select(items, labels):
 def main():
     parser = Parser("data.py", __doc__)
     parser.add_argument("name", help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument("--root", default="data", metavar="DIR", help="the folder of the datasets (default: data)")
+    parser.add_argument("--root", default="data", metavar="DIR", help="the folder of the datasets "
+                        "(default: data); of 'folder' that of the class folders")
     parser.add_argument("--download", action="store_true", help="fetch what is missing of the dataset")
     parser.add_argument("--shots", type=at_least(1), default=16, metavar="N", help="images a class (default: 16)")
     parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of the few-shot draw (default: 1)")

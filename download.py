@@ -53,10 +53,11 @@ ADDRESSES = {
 }
 
 
-def where_to_get(name, folder):
+def where_to_get(name, folder, images):
     """What a person must put where: the middle of a sentence."""
-    drive = "".join(f"; {file} of https://drive.google.com/file/d/{id}" for file, id in DRIVE.get(name, {}).items())
-    return f"{ADDRESSES[name]}{drive}, into {folder}"
+    drive = "".join(f"; {'for the very split of the paper ' * file.startswith('split')}{file} of "
+                    f"https://drive.google.com/file/d/{id}" for file, id in DRIVE.get(name, {}).items())
+    return f"{ADDRESSES[name]}{drive}: unpacked into {folder}, so that the images are in {images}"
 
 
 def fetch(name, folder, images):
@@ -72,7 +73,7 @@ def fetch(name, folder, images):
     try:
         if not images.is_dir():
             part.mkdir(parents=True, exist_ok=True)
-            fetch_images(name, folder, part)
+            fetch_images(name, folder, part, images)
         for file, id in DRIVE.get(name, {}).items():
             if not (folder / file).exists():
                 part.mkdir(exist_ok=True)
@@ -83,7 +84,7 @@ def fetch(name, folder, images):
             root.rmdir()
 
 
-def fetch_images(name, folder, part):
+def fetch_images(name, folder, part, images):
     """The images into `folder` by way of `part`. FileNotFoundError: what a person must get by hand."""
     try:
         if name in ARCHIVES:
@@ -98,9 +99,9 @@ def fetch_images(name, folder, part):
         for entry in entries or os.listdir(part / below):
             os.replace(part / below / entry, folder / entry)
     except Exception as error:  # urllib, http, tarfile, zipfile, torchvision and gdown each raise their own
-        raise FileNotFoundError(f"{name} is not in {folder} and could not be downloaded ({error}): "
-                                f"get by hand {where_to_get(name, folder)}; or point --root at CoOp's data folder"
-                                ) from error
+        raise FileNotFoundError(f"{name} is not in {folder} and could not be downloaded ({reason(error)}): "
+                                f"get by hand {where_to_get(name, folder, images)}; or point --root at CoOp's data "
+                                "folder") from error
 
 
 def fetch_file(file, id, folder, part):
@@ -109,8 +110,14 @@ def fetch_file(file, id, folder, part):
         from_drive(id, part / file)
         os.replace(part / file, folder / file)
     except Exception as error:  # requests and gdown raise their own
-        warn(f"{file} could not be downloaded ({str(error).strip().splitlines()[0]}): "
+        warn(f"{file} could not be downloaded ({reason(error)}): "
              f"get https://drive.google.com/file/d/{id} by hand, into {folder}")
+
+
+def reason(error):
+    """Why a download failed, in a line."""
+    name = type(error).__name__  # requests' own says everything but that
+    return "no connection" if name == "ConnectionError" else (str(error).strip().splitlines() or [name])[0]
 
 
 def from_drive(id, path):

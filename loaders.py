@@ -26,19 +26,22 @@ class UnreadableImage(ValueError):
 
 
 class FolderReader(NamedTuple):
-    """Reads a picture by its path in a folder. UnreadableImage with the path: missing or broken."""
+    """Reads a picture by its path in a folder. UnreadableImage with the path: missing or broken.
+
+    decode=False: only looks whether there is a picture.
+    """
 
     folder: pathlib.Path
 
-    def __call__(self, path):
+    def __call__(self, path, decode=True):
         try:
             with Image.open(self.folder / path) as picture:
-                return picture.convert("RGB")
+                return picture.convert("RGB") if decode else None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImage(
                 f"cannot read the image {self.folder / path} "
                 f"({'no such file' if isinstance(error, FileNotFoundError) else error}): "
-                "replace it, or take it out of the split") from error
+                "replace it, or take it out") from error
 
 
 def train_transform(pixels, crop_scale):

@@ -53,7 +53,8 @@ def predict(learner, batches, device="cpu"):
 def main():
     parser = Parser("predict.py", __doc__)
     parser.add_argument("images", metavar="IMAGE_OR_DIR", help="an image, or a folder, its subfolders included")
-    parser.add_argument("--prompt", required=True, metavar="FILE", help="prompts that run.py left, *.safetensors")
+    parser.add_argument("--prompt", required=True, metavar="FILE", help="prompts that run.py left: "
+                        "new.safetensors for the new classes, base.safetensors for the base classes")
     parser.add_argument("--classes", required=True, metavar="FILE", help="the candidates' names, a line each")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
     parser.add_argument("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
@@ -64,8 +65,10 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     path, out = pathlib.Path(args.images), pathlib.Path(args.out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}: make it, or give another --out")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out} must be a file in a folder that is there: give another")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no image or folder {path}: give one")
     folder, names = (path.parent, [path.name]) if path.is_file() else (path, find_pictures(path))
     classes = read_names(args.classes)
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)

@@ -120,11 +120,13 @@ def read_header(path):
 
     FileNotFoundError: no such file. ValueError: not one that `Record.prompts` wrote.
     """
+    if pathlib.Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give a file of prompts in it, base.safetensors or new.safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("mao", "{}"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: run the row again") from error
+        raise FileNotFoundError(f"{path} is missing: give prompts that run.py left, or run the row again") from error
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
     if not {"backbone", "settings", "clip", "clip_sha256"} <= header.keys():
@@ -183,7 +185,7 @@ def show(config, rows, backbone):
         lines.append((names[method], *accuracies, f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}",
                       f"{result['peak_mib']:,.0f} MiB"))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\n{config['dataset']}, seed {config['seed']}, {config['shots']} shots")
+    print(f"\n{config['dataset']}, seed {config['seed']}, {config['shots']} shot{'s' * (config['shots'] > 1)}")
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
     for method, result in rows:

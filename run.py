@@ -64,7 +64,7 @@ def settings(arguments=None):
     add("--depth", **count, help="maple, promptsrc: layers with contexts (default: 9, or all where there are fewer)")
     add("--n-ctx-vision", **count, help="promptsrc: visual contexts (default: 4)")
     add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
-    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo its own)")
+    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own)")
     add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
     add("--epochs", type=at_least(2), metavar="N", help="default: 20, MAO halves them; cross-dataset 5, not halved")
     add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {BACKBONE_LR}, MAO and cross-dataset {MAO_LR}")
@@ -219,23 +219,22 @@ def main(arguments=None):
     tests = evaluate.Tests(task, foundation, args.device, args.workers)
     every = task.base_names + task.new_names + sum([test.names for test in task.tests.values()], [])
     BACKBONES[args.backbone](clip_model, every, **args.settings)  # whether all names fit
-    count, paper = len(task.base_names), paper_batch(len(task.base_names))
-    args.anchors, args.top_k = args.anchors or paper[0], args.top_k or paper[1]
+    count = len(task.base_names)
+    args.anchors, args.top_k = args.anchors or paper_batch(count)[0], args.top_k or paper_batch(count)[1]
     if args.top_k > count:
         raise ValueError(f"top-k is {args.top_k}, but there are {count} classes: choose that or less")
     if args.anchors * args.top_k > count:
         warn(f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
-             "cross-entropy (appendix B); lower --anchors or --top-k")
+             "cross-entropy (appendix B wants --anchors times --top-k within the classes)")
     if "mao" in args.method and args.epochs < 4 and not cross:
         warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
 
     rows = []
     for method in dict.fromkeys(args.method):
-        mao = method == "mao"
-        base_lr = args.lr or (MAO_LR if cross or mao and not args.no_base else BACKBONE_LR)
+        base_lr = args.lr or (MAO_LR if cross or method == "mao" and not args.no_base else BACKBONE_LR)
         row = argparse.Namespace(**{
             **vars(args), "method": method, "base_lr": None if method == "zeroshot" else base_lr,
-            "new_lr": args.lr or MAO_LR if mao and task.new_names and not args.no_new else None})
+            "new_lr": args.lr or MAO_LR if method == "mao" and task.new_names and not args.no_new else None})
         name = folder_name(args.dataset, args.backbone, method, args.seed, changed)
         record = Record(pathlib.Path(args.out) / name, {
             **vars(row), **SGD, "warmup_lr": WARMUP_LR, "crop_scale": task.crop_scale, "clip_sha256": sha256,
@@ -244,6 +243,7 @@ def main(arguments=None):
         scores = evaluate.score(learner, prompts, task, tests, args.device)
         rows.append((method, record.result(scores, learner, args.device)))
     show(vars(args), rows, BACKBONES[args.backbone].__name__)
+    print(f"The last row's prompts and scores are in {record.folder}, the others' beside it.")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def open_unlabeled_task(source, shots, seed, unlabeled, new_classes, new_test=No
     task.new_train, task.new_read = find_pictures(unlabeled), FolderReader(pathlib.Path(unlabeled))
     if new_test is not None:
         if not pathlib.Path(new_test).is_dir():
-            raise FileNotFoundError(f"there is no folder {new_test}: give --new-test a folder of class folders")
+            raise FileNotFoundError(f"{new_test} is not a folder: give --new-test a folder of class folders")
         items = class_folders(pathlib.Path(new_test))["all"]
         for _, _, name in items:
             if name not in task.new_names:
@@ -120,7 +120,7 @@ def find_pictures(folder):
     """Paths of all pictures in a folder and below it, relative to it, sorted. Errors: no folder, or no picture."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: give one that holds images")
+        raise FileNotFoundError(f"{folder} is not a folder: give one that holds images")
     found = sorted(os.path.relpath(os.path.join(inner, name), folder)
                    for inner, _, _ in os.walk(folder) for name in pictures(inner))
     if not found:
@@ -131,7 +131,7 @@ def find_pictures(folder):
 def task_of(settings, download=False):
     """The task that a run's settings name: a dict of run.py's dataset, root, protocol, ..., as config.json has it.
 
-    Looks for every image, opens none. ValueError, FileNotFoundError: as the functions above, or an image is missing.
+    ValueError, FileNotFoundError: as the functions above, settings that do not go together, or a missing image.
     """
     optional = dict.fromkeys(("unlabeled", "new_classes", "new_test"))
     settings = {"protocol": PROTOCOLS[0], "targets": ["all"], **optional, **settings}
@@ -141,8 +141,9 @@ def task_of(settings, download=False):
         raise ValueError("--dataset folder needs --root, the folder of your class folders")
     if bool(unlabeled) != bool(new_classes) or new_test and not unlabeled:
         raise ValueError("--unlabeled DIR and --new-classes FILE go together (and --new-test with them): give both")
-    if unlabeled and protocol != "base-to-new":
-        raise ValueError(f"--unlabeled has no place in the {protocol} protocol, which has no new phase")
+    for key, unset in (("unlabeled", None), ("no_new", False), ("no_reg_new", False), ("pseudo_labeler", "clip")):
+        if settings.get(key, unset) != unset and protocol != "base-to-new":
+            raise ValueError(f"--{key.replace('_', '-')} has no place in the {protocol} protocol: it has no new phase")
     if targets != ["all"] and protocol != "cross-dataset":
         raise ValueError(f"--targets has no place in the {protocol} protocol: add --protocol cross-dataset")
     root = root or "data"
@@ -153,9 +154,13 @@ def task_of(settings, download=False):
 
     source = opened(name)
     if protocol == "cross-dataset":
-        if targets == ["all"]:  # the others of its kind; "demo" is a name for one of them
-            same = f"demo-{demo.DEFAULT}" if name == "demo" else name
-            targets = [other for other in (DEMOS[1:] if name in DEMOS else LAYOUTS) if other != same]
+        if name == "folder":
+            raise ValueError("--dataset folder has no targets for the cross-dataset protocol: --root is its own")
+        same = {"demo", f"demo-{demo.DEFAULT}"} if name in ("demo", f"demo-{demo.DEFAULT}") else {name}
+        if targets == ["all"]:  # the others of its kind
+            targets = [other for other in (DEMOS[1:] if name in DEMOS else LAYOUTS) if other not in same]
+        for target in same & set(targets):
+            raise ValueError(f"--targets {target} is the source itself: give others")
         task = open_whole_task(source, shots, seed, {name: source, **{target: opened(target) for target in targets}})
     elif protocol == "few-shot":
         task = open_whole_task(source, shots, seed, {"accuracy": source})
@@ -168,13 +173,15 @@ def task_of(settings, download=False):
 
 
 def look_for_images(task):
-    """FileNotFoundError: an image of the task is missing. Better now than in the midst of a run."""
-    read_by = [(task.read, [path for path, _, _ in task.base_train]), (task.new_read, task.new_train)]
-    read_by += [(test.read, [path for path, _, _ in test.items]) for test in task.tests.values()]
-    for read, paths in read_by:
+    """Errors now and not in the midst of a run: a training image is no picture, or a test image is missing."""
+    for read, paths in ((task.read, [path for path, _, _ in task.base_train]), (task.new_read, task.new_train)):
         if isinstance(read, FolderReader):  # the demo's are drawn
-            missing = [path for path in paths if not os.path.isfile(read.folder / path)]
+            for path in paths:
+                read(path, decode=False)
+    for _, items, read, _ in task.tests.values():
+        if isinstance(read, FolderReader):
+            missing = [path for path, _, _ in items if not os.path.isfile(read.folder / path)]
             if missing:
                 raise FileNotFoundError(
-                    f"{len(missing)} of {len(paths)} images are missing, the first is {read.folder / missing[0]}: "
+                    f"{len(missing)} of {len(items)} test images are missing, the first is {read.folder / missing[0]}: "
                     "complete the folder, or take them out of the split")

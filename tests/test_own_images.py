@@ -48,7 +48,8 @@ def test_a_folder_of_ones_own(own, command, tmp_path, monkeypatch):
     assert [name for _, _, name in lists["test"][::3]] == ["Red Door", "blaue Tür", "old_gate"]
     (tmp_path / "link").symlink_to(own)
     assert data.open_dataset("folder", tmp_path / "link").split == lists
-    code, _, err = command("run.py", "--dataset", "folder", "--root", tmp_path / "link", *SMALL, "--out", tmp_path / "r")
+    link, runs = tmp_path / "link", tmp_path / "r"
+    code, _, err = command("run.py", "--dataset", "folder", "--root", link, *SMALL, "--out", runs)
     assert code == 0, err
     assert sorted(path.name for path in (tmp_path / "r").iterdir())[0] == \
         "folder-coop-backbone-seed1-root-link-shots2-clip-demo-epochs4"
@@ -69,7 +70,7 @@ def test_train_and_test_folders(own, tmp_path):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda own: own.rename(own.with_name("elsewhere")), "there is no folder"),
+    (lambda own: own.rename(own.with_name("elsewhere")), "is not a folder"),
     (lambda own: [path.rename(own.parent / path.name) for path in own.iterdir()], "holds no class folders"),
     (lambda own: (own / "empty").mkdir(), "empty holds no images"),
     (lambda own: own.joinpath("Red Door").rename(own / "blaue Tür" / "Red Door"), "2 classes are too few"),
@@ -140,12 +141,12 @@ def test_new_classes_without_labels(own, command, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"--new-classes": None}, "go together"), ({"--unlabeled": None}, "go together"),
-    ({"--unlabeled": "nowhere"}, "there is no folder nowhere"), ({"--unlabeled": "empty"}, "empty holds no images"),
+    ({"--unlabeled": "nowhere"}, "nowhere is not a folder"), ({"--unlabeled": "empty"}, "empty holds no images"),
     ({"--new-classes": "nowhere"}, "cannot read class names in nowhere"),
     ({"--new-classes": "twice.txt"}, "names 'a' twice"), ({"--new-classes": "empty.txt"}, "empty.txt is empty"),
-    ({"--protocol": "few-shot"}, "which has no new phase"), ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
+    ({"--protocol": "few-shot"}, "it has no new phase"), ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
     ({"--root": None}, "needs --root"),
-    ({"--new-test": "own"}, "that names.txt does not name"), ({"--new-test": "nowhere"}, "there is no folder nowhere"),
+    ({"--new-test": "own"}, "that names.txt does not name"), ({"--new-test": "nowhere"}, "nowhere is not a folder"),
 ])
 def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
@@ -162,8 +163,9 @@ def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("change, message", [
     ({"--prompt": "nowhere"}, "nowhere is missing"), ({"--prompt": "names.txt"}, "is not a file of prompts"),
     ({"--classes": "nowhere"}, "cannot read class names"), ({"--clip": "names.txt"}, "is not a CLIP checkpoint"),
-    ({"image": "nowhere"}, "there is no folder nowhere"), ({"image": "broken.png"}, "cannot read the image broken.png"),
-    ({"--out": "nowhere/x.csv"}, "there is no folder nowhere"),
+    ({"image": "nowhere"}, "there is no image or folder nowhere"),
+    ({"image": "broken.png"}, "cannot read the image broken.png"),
+    ({"--out": "nowhere/x.csv"}, "must be a file in a folder that is there"), ({"--prompt": "run"}, "run is a folder"),
 ])
 def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
@@ -189,7 +191,7 @@ def test_cross_dataset(command, tmp_path):
                              "demo-plain", "--shots", 1, "--out", tmp_path)
     assert code == 0, err
     table = [line.split("  ") for line in out.splitlines()[2:]]
-    assert out.splitlines()[2].split()[:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"] and len(table) == 4
+    assert out.splitlines()[2].split()[:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"] and len(table) == 5
     for folder in tmp_path.iterdir():
         found, config = result(folder), json.loads((folder / "config.json").read_text())
         assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2
@@ -237,6 +239,9 @@ def test_an_unknown_target_is_one_sentence(command, tmp_path):
     code, _, err = command("run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gould",
                            "--out", tmp_path / "runs")
     assert code == 2 and "there is no dataset 'demo-gould': did you mean demo-gold" in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="--targets demo-sepia is the source itself"):
+        tasks.task_of({"dataset": "demo", "root": None, "protocol": "cross-dataset", "targets": ["demo-sepia"],
+                       "shots": 1, "seed": 1})
 
 
 # Images and downloads -------------------------------------------------------------------------------------------------
@@ -261,8 +266,14 @@ def test_a_split_that_names_a_missing_file_is_found_before_the_work(eurosat, com
     split = json.loads((eurosat / "eurosat" / "split_zhou_EuroSAT.json").read_text())
     missing = eurosat / "eurosat" / "2750" / split["test"][-1][0]
     missing.unlink()
-    code, out, err = command("run.py", "--dataset", "eurosat", "--root", eurosat, *SMALL, "--out", tmp_path / "runs")
+    run = ["run.py", "--dataset", "eurosat", "--root", eurosat, *SMALL, "--out", tmp_path / "runs"]
+    code, _, err = command(*run)
     assert code == 2 and str(missing) in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    draw(missing)
+    new = [path for path, _, _ in data.few_shot(split, 2, 1)["train"]][-1]
+    (eurosat / "eurosat" / "2750" / new).write_text("no picture")
+    code, _, err = command(*run)
+    assert code == 2 and new in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["dtd", "ucf101", "stanford_cars"])
