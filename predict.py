@@ -6,6 +6,7 @@
 
 import csv
 import io
+import os
 import pathlib
 
 import torch
@@ -60,7 +61,8 @@ def main():
     parser.add_argument("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is one")
-    parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="load images (default: 0)")
+    parser.add_argument("--workers", type=at_least(0), metavar="N", help="load images (default: a core each, at most 8; "
+                        "none for one image)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
@@ -73,8 +75,11 @@ def main():
     classes = read_names(args.classes)
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
 
+    workers = args.workers
+    if workers is None:
+        workers = 0 if path.is_file() else min(8, os.cpu_count() or 1)
     images = Images(names, FolderReader(folder), test_transform(clip_model.visual.input_resolution))
-    probabilities = predict(learner, DataLoader(images, 64, num_workers=args.workers), args.device)
+    probabilities = predict(learner, DataLoader(images, 64, num_workers=workers), args.device)
     confidences, best = probabilities.max(dim=-1)
     table = io.StringIO()
     rows = csv.writer(table)
