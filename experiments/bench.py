@@ -67,7 +67,7 @@ class Baseline:
         if hasattr(learner, "other_losses"):
             self.other_losses = learner.other_losses
 
-    def text_features(self, classes=None):
+    def text_features(self):
         model, context = self.model, self.learner.ctx
         embedded, count = self.embedded, len(context)
         deep = self.learner.deep_text()
@@ -79,8 +79,9 @@ class Baseline:
             x = block(x)
         x = model.ln_final(x.transpose(0, 1))
         x = x[torch.arange(len(x)), self.tokens.argmax(dim=-1)] @ model.text_projection
-        self.found = F.normalize(x, dim=-1)
-        return self.found  # the candidates' rows, if any, are taken afterwards
+        x = F.normalize(x, dim=-1)
+        self.found = x.detach()
+        return x
 
     def image_features(self, images):
         learner, visual = self.learner, self.model.visual
@@ -106,11 +107,10 @@ class Baseline:
         with torch.no_grad():
             return F.normalize(self.model.visual(images), dim=-1)
 
-    def step(self, images, labels, alterable=False):
-        """The loss of a batch, over all classes or the batch's own; the text side encodes all classes either way."""
+    def step(self, images, labels):
+        """The loss of a batch, over all classes (over the batch's own it costs the same: the text side encodes all)."""
         f, g = self.image_features(images), self.text_features()
-        classes, targets = candidates(labels) if alterable else (slice(None), labels)
-        loss = alterable_cross_entropy(f, g[classes], targets, self.logit_scale)
+        loss = alterable_cross_entropy(f, g, labels.to(f.device), self.logit_scale)
         if hasattr(self, "other_losses"):
             loss = loss + self.other_losses(images, f, g, frozen_features=self.other_losses_frozen(images))
         return loss
