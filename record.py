@@ -106,10 +106,10 @@ class Record:
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
 
-    def result(self, scores, learner, device):
+    def result(self, scores, learner):
         """result.json: the row's scores, a dict, and what they cost. Returns both."""
         parameters = sum(p.numel() for p in learner.parameters())
-        scores = {**scores, **dict(zip(COST, (parameters, self.seconds, peak_mib(device))))}
+        scores = {**scores, **dict(zip(COST, (parameters, self.seconds, peak_mib(self.config["device"]))))}
         write(self.folder / "result.json", json.dumps(scores, indent=1) + "\n")
         shutil.rmtree(self.previous, ignore_errors=True)
         return scores

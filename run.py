@@ -240,8 +240,7 @@ def main(arguments=None):
             **vars(row), **SGD, "warmup_lr": WARMUP_LR, "crop_scale": task.crop_scale, "clip_sha256": sha256,
             "templates": {k: test.template for k, test in task.tests.items()}, "threads": torch.get_num_threads()})
         learner, prompts = (foundation, None) if method == "zeroshot" else tune_row(row, task, clip_model, record)
-        scores = evaluate.score(learner, prompts, task, tests, args.device)
-        rows.append((method, record.result(scores, learner, args.device)))
+        rows.append((method, record.result(evaluate.score(learner, prompts, task, tests, args.device), learner)))
     show(vars(args), rows, BACKBONES[args.backbone].__name__)
     print(f"The last row's prompts and scores are in {record.folder}, the others' beside it.")
 

@@ -159,7 +159,7 @@ def task_of(settings, download=False):
         same = {"demo", f"demo-{demo.DEFAULT}"} if name in ("demo", f"demo-{demo.DEFAULT}") else {name}
         if targets == ["all"]:  # the others of its kind
             targets = [other for other in (DEMOS[1:] if name in DEMOS else LAYOUTS) if other not in same]
-        for target in same & set(targets):
+        for target in (target for target in targets if target in same):
             raise ValueError(f"--targets {target} is the source itself: give others")
         task = open_whole_task(source, shots, seed, {name: source, **{target: opened(target) for target in targets}})
     elif protocol == "few-shot":
