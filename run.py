@@ -1,6 +1,6 @@
 """Tunes prompts with and without MAO on a few-shot task, base-to-new unless told otherwise, and scores them (Table 1).
 
-    python run.py                                        the embedded demo: no network, no GPU, under 3 minutes
+    python run.py                                        the embedded demo: no network, no GPU, some 3 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
     python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
     python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
