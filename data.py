@@ -267,11 +267,10 @@ def read_split(name, layout, folder):
         return split
     try:
         split = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("train", "test"):
-            if not split[part] or [*map(type, split[part][0])] != [str, int, str]:
-                raise ValueError
-            split[part] = [[str(image), int(label), str(name)] for image, label, name in split[part]]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        items = [*split["train"], *split.get("val", ()), *split["test"]]
+        if not split["train"] or not split["test"] or not all([*map(type, item)] == [str, int, str] for item in items):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a split file: it needs lists 'train' and 'test' of "
                          "[path, label, class name]; get CoOp's own again") from error
     return split

@@ -145,6 +145,11 @@ def test_a_download_is_moved_in_when_it_is_whole(eurosat, monkeypatch):
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [1]'), "is not a split file"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [["a", 0]], "test": []}'), "is not a"),
     (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
+        '{"train": [["a", 0, "x"], ["b", "1", "y"]], "test": [["c", 0, "x"]]}'), "is not a split file"),
+    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
+        '{"train": [["a", 0, "x"]], "val": [1], "test": [["c", 0, "x"]]}'), "is not a split file"),
+    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text("[1]"), "is not a split file"),
+    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
         '{"train": [["a", 0, "x"], ["b", 1, "y"]], "test": [["c", 0, "x"], ["d", 1, "y"], ["e", 2, "z"]]}'),
      "the class 'z' has no training image"),
 ])
