@@ -24,7 +24,7 @@ from backbones import BACKBONES, ZeroShot, load_clip
 from command import Parser, at_least, end, settings_of, warn
 from mao import base_step, candidates, full_step, new_step
 from pseudolabel import PseudoLabeler
-from record import Record, folder_name, peak_mib, show
+from record import Record, folder_name, show
 from sampler import HardNegativeSampler, paper_batch
 from tasks import PROTOCOLS, task_of
 

@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import scipy.io
-from PIL import Image
 
 import data
 import tasks

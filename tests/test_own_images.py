@@ -40,7 +40,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_a_folder_of_ones_own(own, command, tmp_path, monkeypatch):
+def test_a_folder_of_ones_own(own, command, tmp_path):
     code, out, err = command("data.py", "folder", "--root", own)
     assert code == 0 and "blaue Tür" in out and "folder: 3 classes, 'a photo of a {}.'" in out and err == ""
     lists = data.open_dataset("folder", own).split
