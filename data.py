@@ -1,205 +1,32 @@
-"""Datasets: their lists, CoOp's few-shot draw and its base/new halves.
+"""What a run sees of its data: a dataset's lists, CoOp's few-shot draw and base/new halves, and each protocol's task.
 
     python data.py eurosat --root DIR               what a run would see: classes, halves, images, (b, K)
-    python data.py eurosat --root DIR --list base   one image a line: path, label, class name
+    python data.py eurosat --root DIR --list base   one image per line: path, label, class name
     python data.py dtd --root DIR --download        fetches it first, where it has an open address
 
 Layout, splits and draws are CoOp's, which the paper and everyone it compares with use (section 4.1).
 """
 
 import difflib
-import json
 import math
 import os
 import pathlib
 import random
-import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import demo
-from command import Parser, at_least, end, warn
-from download import BY_PROGRAM, fetch, where_to_get
-from loaders import PICTURES, FolderReader
-from record import write
+from cli import Parser, at_least, end, warn
+from images import FolderReader, find_images
+from layouts import LAYOUTS, by_label, class_folders, fetch, read_lines, read_split, split_by_rule
 from sampler import paper_batch
 
-# Where no split file is there: a dataset's own lists -----------------------------------------------------------------
-#
-# A reader takes the dataset's folder and gives lists of [path, label, class name], paths relative to its images: "all",
-# which CoOp splits by shares; "trainval" and "test", where there is an official test list; or "train", "val", "test".
-
-
-def class_folders(images, renamed=(), ignored=()):
-    """A folder of class folders, all in sorted order: {"all"}. ValueError: no class folder, or one without images."""
-    folders = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    items, renamed = [], dict(renamed)
-    for label, folder in enumerate(folder for folder in folders if folder.name not in ignored):
-        found = pictures(folder)
-        if not found:
-            raise ValueError(f"the class folder {folder} holds no images: add some, or take it out "
-                             f"(what is wanted: {images}/<class name>/*.jpg)")
-        items += [[f"{folder.name}/{name}", label, renamed.get(folder.name, folder.name)] for name in found]
-    if not items:
-        raise ValueError(f"{images} holds no class folders: what is wanted is {images}/<class name>/*.jpg")
-    return {"all": items}
-
-
-def pictures(folder):
-    """Names of the pictures in a folder, sorted; hidden ones are left out."""
-    return sorted(entry.name for entry in os.scandir(folder)
-                  if os.path.splitext(entry.name)[1].lower() in PICTURES and not entry.name.startswith("."))
-
-
-def lines(path):
-    """A text file's lines, stripped, the empty ones left out."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def mat(path):
-    """A MATLAB file. ValueError: it is broken."""
-    from scipy.io import loadmat  # two datasets have such files, and need them only without a split file
-
-    with open(path, "rb") as file:
-        try:
-            return loadmat(file)
-        except Exception as error:  # scipy raises its own on a broken file
-            raise ValueError(f"{path.name}: {error}") from error
-
-
-def caltech101(folder):
-    renamed = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
-    return class_folders(folder / "101_ObjectCategories", renamed, ("BACKGROUND_Google", "Faces_easy"))
-
-
-def images_folder(folder):  # DTD, Food101
-    return class_folders(folder / "images")
-
-
-def eurosat(folder):
-    return class_folders(folder / "2750", EUROSAT_NAMES)
-
-
-EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land", "Forest": "Forest", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "River": "River",
-    "SeaLake": "Sea or Lake",
-}
-
-
-def oxford_flowers(folder):
-    names = json.loads((folder / "cat_to_name.json").read_text(encoding="utf-8"))  # "1": "pink primrose"
-    labels = mat(folder / "imagelabels.mat")["labels"][0]  # of image_00001.jpg, image_00002.jpg, ..., from 1
-    return {"all": [[f"image_{number:05d}.jpg", int(label) - 1, names[str(label)]]
-                    for number, label in enumerate(labels, 1)]}
-
-
-def oxford_pets(folder):
-    def read(name):  # a line: Abyssinian_100 1 1 1, the second is the label
-        parts = [line.split() for line in lines(folder / "annotations" / name)]
-        return [[f"{image}.jpg", int(label) - 1, image.rsplit("_", 1)[0].lower()] for image, label, *_ in parts]
-
-    return {"trainval": read("trainval.txt"), "test": read("test.txt")}
-
-
-def stanford_cars(folder):
-    names = [name[0] for name in mat(folder / "devkit" / "cars_meta.mat")["class_names"][0]]
-
-    def read(images, path):  # "Audi TTS Coupe 2012" reads "2012 Audi TTS Coupe"
-        items = []
-        for row in mat(folder / path)["annotations"][0]:
-            label = int(row["class"][0, 0]) - 1
-            car, year = names[label].rsplit(" ", 1)
-            items.append([f"{images}/{row['fname'][0]}", label, f"{year} {car}"])
-        return items
-
-    return {"trainval": read("cars_train", "devkit/cars_train_annos.mat"),
-            "test": read("cars_test", "cars_test_annos_withlabels.mat")}
-
-
-def sun397(folder):
-    label_of = {name: label for label, name in enumerate(lines(folder / "ClassName.txt"))}  # /b/bazaar/indoor
-
-    def read(name):  # a line: /b/bazaar/indoor/sun_aabb.jpg, its class reads "indoor bazaar"
-        items = []
-        for path in lines(folder / name):
-            place = path.rsplit("/", 1)[0]
-            items.append([path[1:], label_of[place], " ".join(reversed(place.split("/")[2:]))])
-        return items
-
-    return {"trainval": read("Training_01.txt"), "test": read("Testing_01.txt")}
-
-
-def ucf101(folder):
-    lists = folder / "ucfTrainTestlist"
-    label_of = {name: int(number) - 1 for number, name in map(str.split, lines(lists / "classInd.txt"))}
-
-    def read(name):  # a line: YoYo/v_YoYo_g01_c01.avi 101, its middle frame is Yo_Yo/v_YoYo_g01_c01.jpg
-        items = []
-        for line in lines(lists / name):
-            action, video = line.split()[0].split("/")
-            words = "_".join(re.findall("[A-Z][^A-Z]*", action))
-            items.append([f"{words}/{video.replace('.avi', '.jpg')}", label_of[action], words])
-        return items
-
-    return {"trainval": read("trainlist01.txt"), "test": read("testlist01.txt")}
-
-
-def fgvc_aircraft(folder):
-    label_of = {name: label for label, name in enumerate(lines(folder / "variants.txt"))}
-
-    def read(part):  # a line: 1025794 707-320
-        parts = [line.split(" ", 1) for line in lines(folder / f"images_variant_{part}.txt")]
-        return [[f"{image}.jpg", label_of[name], name] for image, name in parts]
-
-    return {part: read(part) for part in ("train", "val", "test")}
-
-
-def imagenet(folder):
-    """Its validation images are the test list. CoOp takes a folder's files as the disk lists them, we sort them."""
-    names = dict(line.split(" ", 1) for line in lines(folder / "classnames.txt"))  # n01440764 tench
-
-    def read(part):
-        wnids = sorted(entry.name for entry in os.scandir(folder / "images" / part) if entry.is_dir())
-        return [[f"{part}/{wnid}/{picture}", label, names[wnid]]
-                for label, wnid in enumerate(wnids) for picture in pictures(folder / "images" / part / wnid)]
-
-    return {"train": read("train"), "val": [], "test": read("val")}
-
-
-class Layout(NamedTuple):
-    """Where a dataset lies under --root, as CoOp lays it out."""
-
-    folder: str
-    images: str  # under the folder; the split's paths are relative to it
-    split: str | None  # file name, {"train", "val", "test"}: [[path, label, class name], ...]
-    template: str  # of zero-shot CLIP
-    lists: Callable  # the dataset's own lists, for where no split file is
-
-
-LAYOUTS = {
-    "imagenet": Layout("imagenet", "images", None, "a photo of a {}.", imagenet),
-    "caltech101": Layout("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "a photo of a {}.",
-                         caltech101),
-    "oxford_pets": Layout("oxford_pets", "images", "split_zhou_OxfordPets.json", "a photo of a {}, a type of pet.",
-                          oxford_pets),
-    "stanford_cars": Layout("stanford_cars", ".", "split_zhou_StanfordCars.json", "a photo of a {}.", stanford_cars),
-    "oxford_flowers": Layout("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
-                             "a photo of a {}, a type of flower.", oxford_flowers),
-    "food101": Layout("food-101", "images", "split_zhou_Food101.json", "a photo of {}, a type of food.",
-                      images_folder),
-    "fgvc_aircraft": Layout("fgvc_aircraft", "images", None, "a photo of a {}, a type of aircraft.", fgvc_aircraft),
-    "sun397": Layout("sun397", "SUN397", "split_zhou_SUN397.json", "a photo of a {}.", sun397),
-    "dtd": Layout("dtd", "images", "split_zhou_DescribableTextures.json", "{} texture.", images_folder),
-    "eurosat": Layout("eurosat", "2750", "split_zhou_EuroSAT.json", "a centered satellite photo of {}.", eurosat),
-    "ucf101": Layout("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", "a photo of a person doing {}.",
-                     ucf101),
-}
 DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
 DATASETS = [*DEMOS, *LAYOUTS, "folder"]
+PROTOCOLS = ["base-to-new", "cross-dataset", "few-shot"]
 
-
-# A dataset's train, val and test lists --------------------------------------------------------------------------------
+# Datasets -------------------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -207,194 +34,390 @@ class Source(NamedTuple):
 
     split: dict
     image_folder: pathlib.Path | None  # None: the demo, whose images are drawn
-    template: str
+    template: str  # of zero-shot CLIP
     crop_scale: tuple = (0.08, 1.0)  # of the random resized crop, as shares of the area
 
     @property
     def read(self):
-        """path -> RGB picture."""
+        """What reads an image: path -> RGB image (PIL)."""
         return demo.read if self.image_folder is None else FolderReader(self.image_folder)
 
 
 def open_dataset(name, root="data", download=False):
-    """The lists of dataset `name` under `root`; `download` fetches what is missing where that can be done.
+    """The `Source` of dataset `name` under `root`. Reads lists alone, never an image.
 
     name: of `DATASETS`; "folder" is any folder, `root`/<class name>/*.jpg or `root`/train and `root`/test with such
-    class folders. Reads lists alone, never an image. ValueError: unknown name, or a broken list. FileNotFoundError: the
-    dataset is not there; says what was looked for and where to get it.
+    class folders. download: fetches what is missing, where a program can. ValueError: unknown name, or a broken list.
+    FileNotFoundError: the dataset is not there; says what was looked for and where to get it.
     """
+    root = pathlib.Path(root)
     if name in DEMOS:
-        domain = name.removeprefix("demo-") if name != "demo" else demo.DEFAULT
+        domain = demo.DEFAULT if name == "demo" else name.removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        return checked(Source(folder_lists(pathlib.Path(root)), pathlib.Path(root), "a photo of a {}."))
-    if name not in LAYOUTS:
+        source = Source(folder_split(root), root, "a photo of a {}.")
+    elif name in LAYOUTS:
+        layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
+        if download:
+            fetch(name, folder)
+        source = Source(read_split(name, folder), folder / layout.images, layout.template)
+    else:
         near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")
-    layout = LAYOUTS[name]
-    folder = pathlib.Path(root) / layout.folder
-    if download:
-        fetch(name, folder, folder / layout.images)
-    return checked(Source(read_split(name, layout, folder), folder / layout.images, layout.template))
+    check_classes(source)
+    return source
 
 
-def read_split(name, layout, folder):
-    """CoOp's split file; else the dataset's own lists, split by CoOp's rule where they have no val list (then kept)."""
-    ours = folder / (layout.split or "").replace("zhou", "seed1")
-    path = next((path for path in (folder / (layout.split or ""), ours) if path.is_file()), None)
-    if path is None:
-        by_hand = where_to_get(name, folder, folder / layout.images)
-        try:
-            lists = layout.lists(folder)
-        except FileNotFoundError as error:
-            looked_for = f"neither {folder / layout.split} nor {error.filename} is" if layout.split else \
-                f"{error.filename} is not"
-            raise FileNotFoundError(
-                f"{looked_for} there: {'add --download, or ' * (name in BY_PROGRAM)}get {by_hand}; or point --root at "
-                f"the folder that holds '{layout.folder}'") from error
-        except (ValueError, KeyError, IndexError, TypeError, NotADirectoryError) as error:
-            raise ValueError(f"the lists of {name} in {folder} cannot be read ({error}): get the dataset again, "
-                             f"{by_hand}") from error
-        split = split_by_rule(lists)
-        if layout.split:
-            saved = f"into {ours.name}"
-            try:
-                write(ours, json.dumps(split))
-            except OSError as error:
-                saved = f"but not saved ({error})"
-            warn(f"no {layout.split} in {folder}: split by CoOp's rule, seed 1, {saved}; "
-                 "the digits then differ from the paper's split")
-        return split
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))
-        items = [*split["train"], *split.get("val", ()), *split["test"]]
-        if not split["train"] or not split["test"] or not all([*map(type, item)] == [str, int, str] for item in items):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a split file: it needs lists 'train' and 'test' of "
-                         "[path, label, class name]; get CoOp's own again") from error
+def folder_split(root):
+    """The split of one's own folder: `root`/train and `root`/test, or class folders split by CoOp's rule.
+
+    FileNotFoundError: no such folder. ValueError: no class folders, or one without images.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: give --root the folder of your class folders")
+    if not (root / "train").is_dir() or not (root / "test").is_dir():
+        return split_by_rule(class_folders(root))
+    split = {"train": class_folders(root / "train")["all"], "val": [], "test": class_folders(root / "test")["all"]}
+    names = sorted({name for items in split.values() for _, _, name in items})
+    for part, items in split.items():
+        split[part] = [[f"{part}/{path}", names.index(name), name] for path, _, name in items]
     return split
 
 
 def class_names(source):
-    """{label: name} of a `Source`, in the order of the labels."""
-    return dict(sorted({label: name for _, label, name in reversed(source.split["train"])}.items()))
+    """{label: class name} of a `Source`, in the order of the labels."""
+    names = {}
+    for _, label, name in source.split["train"]:
+        names.setdefault(label, name)
+    return dict(sorted(names.items()))
 
 
-def checked(source):
-    """The source. ValueError: a class has no training or no test image. Two classes of one name are warned about."""
+def check_classes(source):
+    """ValueError: a class of a `Source` has no training or no test image. Warns about two classes of one name."""
     names = class_names(source)
     test_names = {label: name for _, label, name in source.split["test"]}
-    for part, here, there in (("test", names, test_names), ("training", test_names, names)):
-        for label in sorted(here.keys() - there.keys()):
-            raise ValueError(f"the class '{here[label]}' has no {part} image: add some, or take the class out")
+    for label, name in names.items():
+        if label not in test_names:
+            raise ValueError(f"the class '{name}' has no test image: add some, or take the class out")
+    for label, name in sorted(test_names.items()):
+        if label not in names:
+            raise ValueError(f"the class '{name}' has no training image: add some, or take the class out")
     label_of = {}
     for label, name in names.items():
         first = label_of.setdefault(name.replace("_", " "), label)
         if first != label:
             warn(f"the classes {first} and {label} are both named '{name}': no prompt can tell them apart")
-    return source
-
-
-def by_label(items):
-    """Lists of [path, label, class name], one a label, in the order of the labels' first appearance."""
-    groups = {}
-    for item in items:
-        groups.setdefault(item[1], []).append(item)
-    return groups.values()
-
-
-def split_by_rule(lists, seed=1):
-    """CoOp's rule for lists without a val list: classes shuffled one after the other, numbers rounded.
-
-    "all": 50% of each class to train, 20% to val, 30% to test. "trainval": 80% to train, 20% to val.
-    """
-    rng = random.Random(seed)
-    split = {part: list(lists.get(part, ())) for part in ("train", "val", "test")}  # what is final already
-    for group in by_label(lists.get("all", ())):
-        rng.shuffle(group)
-        train, val = round(len(group) * 0.5), round(len(group) * 0.2)
-        split["train"] += group[:train]
-        split["val"] += group[train : train + val]
-        split["test"] += group[train + val :]
-    for group in by_label(lists.get("trainval", ())):
-        rng.shuffle(group)
-        val = round(len(group) * 0.2)
-        split["val"] += group[:val]
-        split["train"] += group[val:]
-    return split
-
-
-def folder_lists(root):
-    """Lists of a folder of one's own: `root`/train and `root`/test, or class folders split by CoOp's rule."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: give --root the folder of your class folders")
-    if not (root / "train").is_dir() or not (root / "test").is_dir():
-        return split_by_rule(class_folders(root))
-    parts = {part: class_folders(root / part)["all"] for part in ("train", "test")}
-    names = sorted({name for items in parts.values() for _, _, name in items})
-    return {"val": [], **{part: [[f"{part}/{path}", names.index(name), name] for path, _, name in items]
-                          for part, items in parts.items()}}
 
 
 # The few-shot draw and the halves -------------------------------------------------------------------------------------
 
 
 def few_shot(split, shots, seed):
-    """CoOp's draw: {"train", "val"} of `shots` and min(shots, 4) items a class, all where there are fewer.
+    """CoOp's draw: {"train", "val"} of `shots` and min(shots, 4) items per class, all where there are fewer.
 
-    One generator draws first from the train list, then from the val list, in the order of the labels there.
+    One generator draws first from the train list, then from the val list, in the order of the labels there (Dassl's
+    generate_fewshot_dataset, which CoOp calls). split: of a `Source`. seed: CoOp's are 1, 2 and 3.
     """
-    rng, drawn = random.Random(seed), {}
+    rng, drawn = random.Random(seed), {"train": [], "val": []}
     for part, count in (("train", shots), ("val", min(shots, 4))):
-        drawn[part] = [item for group in by_label(split.get(part, ()))
-                       for item in (rng.sample(group, count) if len(group) >= count else group)]
+        for group in by_label(split.get(part, [])):
+            drawn[part] += rng.sample(group, count) if len(group) >= count else group
     return drawn
 
 
 def halves(items):
-    """The labels of a dataset, sorted: the first ceil(n/2) are base classes, the rest are new (section 4.2)."""
+    """The sorted labels of a dataset's items in two lists: the first ceil(n/2) are base, the rest new (section 4.2)."""
     labels = sorted({label for _, label, _ in items})
     middle = math.ceil(len(labels) / 2)
     return labels[:middle], labels[middle:]
 
 
 def select(items, labels):
-    """The items of some classes, with labels that restart at 0."""
+    """The items [path, label, class name] of some classes, with labels that restart at 0 in the order of `labels`."""
     position = {label: index for index, label in enumerate(labels)}
     return [[path, position[label], name] for path, label, name in items if label in position]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# The task of a run ----------------------------------------------------------------------------------------------------
+
+
+class TestSet(NamedTuple):
+    """Test images of some classes, and what reads them. Only evaluate.py opens it."""
+
+    names: list
+    items: list  # [path, label, class name]
+    read: Callable  # path -> RGB image
+    template: str  # of zero-shot CLIP
+
+
+@dataclass
+class Task:
+    """What training sees, and what only the evaluation reads."""
+
+    crop_scale: tuple  # of the random resized crop, as shares of the area
+    base_names: list
+    base_train: list  # [path, label, class name] of the labeled images
+    read: Callable  # path -> RGB image
+    tests: dict  # {score: TestSet}; "base" is scored by the prompts after phase 1, "new" by the last
+    new_names: list = field(default_factory=list)
+    new_train: list = field(default_factory=list)  # paths of the unlabeled new images, nothing else
+    new_read: Callable | None = None
+    new_answers: list | None = None  # their labels, where known: for evaluate.pseudo_label_accuracy, and nobody else
+
+
+def test_set(source, labels=None):
+    """The `TestSet` of some labels of a `Source`, or of all."""
+    names = class_names(source)
+    labels = list(names) if labels is None else labels
+    items = select(source.split["test"], labels)
+    return TestSet([names[label] for label in labels], items, source.read, source.template)
+
+
+def open_task(source, shots=16, unlabeled_shots=None, seed=1):
+    """Base-to-new (Table 1): the few-shot draw of a `Source` for a seed, halved.
+
+    unlabeled_shots: images per new class; None: as `shots`.
+    ValueError: fewer than 2 base or 1 new classes, or shots below 1.
+    """
+    unlabeled_shots = unlabeled_shots or shots
+    if shots < 1 or unlabeled_shots < 1:
+        raise ValueError("at least 1 shot per class is needed: choose --shots and --unlabeled-shots of 1 or more")
+    base, new = halves(source.split["train"])
+    if len(base) < 2 or not new:
+        raise ValueError(f"{len(base + new)} classes are too few to halve into base and new: 3 are the least")
+    tests = {"base": test_set(source, base), "new": test_set(source, new)}
+    new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)
+    return Task(
+        crop_scale=source.crop_scale,
+        base_names=tests["base"].names,
+        base_train=select(few_shot(source.split, shots, seed)["train"], base),
+        read=source.read,
+        tests=tests,
+        new_names=tests["new"].names,
+        new_train=[path for path, _, _ in new_items],
+        new_read=source.read,
+        new_answers=[label for _, label, _ in new_items],
+    )
+
+
+def few_shot_task(source, shots, seed):
+    """Few-shot, as CoOp's users run it: all classes of a `Source` are base classes, and there are no new ones.
+
+    ValueError: fewer than 2 classes.
+    """
+    names = class_names(source)
+    if len(names) < 2:
+        raise ValueError("1 class is too few to tune on: 2 are the least")
+    items = select(few_shot(source.split, shots, seed)["train"], list(names))
+    return Task(source.crop_scale, list(names.values()), items, source.read, {"accuracy": test_set(source)})
+
+
+def cross_dataset_task(name, source, targets, shots, seed):
+    """Cross-dataset (Table 2): few-shot on the `Source` called `name`, scored on it and on the targets' own classes.
+
+    targets: {name: Source}. ValueError: as `few_shot_task`.
+    """
+    task = few_shot_task(source, shots, seed)
+    task.tests = {name: test_set(source)}
+    for target, target_source in targets.items():
+        task.tests[target] = test_set(target_source)
+    return task
+
+
+def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=None):
+    """New classes of one's own, of which there are images without labels. All classes of a `Source` are base classes.
+
+    unlabeled: the folder of those images, its subfolders included. new_classes: a text file, one class name per line.
+    new_test: a folder of class folders with those names, to score New on; without it New stays unknown.
+    ValueError, FileNotFoundError: as `few_shot_task`, `read_names`, `find_images` and `class_folders`; a class of
+    `new_test` that `new_classes` does not name.
+    """
+    task = few_shot_task(source, shots, seed)
+    task.tests = {"base": test_set(source)}
+    task.new_names = read_names(new_classes)
+    task.new_train, task.new_read = find_images(unlabeled), FolderReader(pathlib.Path(unlabeled))
+    if new_test is None:
+        return task
+    if not pathlib.Path(new_test).is_dir():
+        raise FileNotFoundError(f"{new_test} is not a folder: give --new-test a folder of class folders")
+    items = []
+    for path, _, name in class_folders(pathlib.Path(new_test))["all"]:
+        if name not in task.new_names:
+            raise ValueError(
+                f"{new_test} holds a class '{name}' that {new_classes} does not name: name it there, "
+                "or take the folder out"
+            )
+        items.append([path, task.new_names.index(name), name])
+    task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
+    return task
+
+
+def read_names(path):
+    """The class names of a text file, one per line, in its order.
+
+    FileNotFoundError: it cannot be read. ValueError: it has no name, or one twice.
+    """
+    try:
+        names = read_lines(pathlib.Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileNotFoundError(
+            f"cannot read class names in {path} ({reason}): give a text file in UTF-8 with one name per line"
+        ) from error
+    if not names:
+        raise ValueError(f"{path} is empty: give a text file with one class name per line")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{path} names '{name}' twice: give each class once")
+    return names
+
+
+# From settings to a task ----------------------------------------------------------------------------------------------
+
+# fmt: off
+OPTIONAL = {  # settings that may be missing, with their defaults
+    "protocol": "base-to-new", "targets": ["all"], "unlabeled": None, "new_classes": None, "new_test": None,
+    "no_new": False, "no_reg_new": False, "pseudo_labeler": "clip",
+}
+# fmt: on
+
+
+def task_of(settings, download=False):
+    """The `Task` that a run's settings name: a dict of run.py's dataset, root, protocol, ..., as config.json has it.
+
+    ValueError, FileNotFoundError: as the functions here; settings that do not go together, or a missing image.
+    """
+    settings = {**OPTIONAL, **settings}
+    check_settings(settings)
+    name, shots, seed = settings["dataset"], settings["shots"], settings["seed"]
+    source = open_source(name, settings["root"], download)
+    if settings["protocol"] == "cross-dataset":
+        targets = {target: open_source(target, settings["root"], download) for target in target_names(settings)}
+        task = cross_dataset_task(name, source, targets, shots, seed)
+    elif settings["protocol"] == "few-shot":
+        task = few_shot_task(source, shots, seed)
+    elif settings["unlabeled"]:
+        unlabeled, new_classes, new_test = settings["unlabeled"], settings["new_classes"], settings["new_test"]
+        task = own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test)
+    else:
+        task = open_task(source, shots, settings["unlabeled_shots"], seed)
+    look_for_images(task)
+    return task
+
+
+def check_settings(settings):
+    """ValueError: settings that do not go together."""
+    name, protocol = settings["dataset"], settings["protocol"]
+    if name == "folder" and not settings["root"]:
+        raise ValueError("--dataset folder needs --root, the folder of your class folders")
+    unlabeled, new_classes, new_test = settings["unlabeled"], settings["new_classes"], settings["new_test"]
+    if bool(unlabeled) != bool(new_classes) or (new_test and not unlabeled):
+        raise ValueError("--unlabeled DIR and --new-classes FILE go together (and --new-test with them): give both")
+    if protocol != "base-to-new":
+        for key in ("unlabeled", "no_new", "no_reg_new", "pseudo_labeler"):
+            if settings[key] != OPTIONAL[key]:
+                option = key.replace("_", "-")
+                raise ValueError(f"--{option} has no place in the {protocol} protocol: it has no new phase")
+    if protocol != "cross-dataset" and settings["targets"] != ["all"]:
+        raise ValueError(f"--targets has no place in the {protocol} protocol: add --protocol cross-dataset")
+    if protocol == "cross-dataset" and name == "folder":
+        raise ValueError("--dataset folder has no targets for the cross-dataset protocol: --root is its own")
+
+
+def open_source(name, root, download):
+    """`open_dataset` for a run. EuroSAT's 90 MB are fetched without being asked for. root: None is "data"."""
+    root = root or "data"
+    if name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists():
+        download = True
+    return open_dataset(name, root, download)
+
+
+def target_names(settings):
+    """The names of a cross-dataset run's targets; ["all"] are all others of the source's kind.
+
+    ValueError: the source itself is among them.
+    """
+    source = full_name(settings["dataset"])
+    if settings["targets"] == ["all"]:
+        kind = DEMOS[1:] if settings["dataset"] in DEMOS else LAYOUTS
+        return [name for name in kind if name != source]
+    for target in settings["targets"]:
+        if full_name(target) == source:
+            raise ValueError(f"--targets {target} is the source itself: give others")
+    return settings["targets"]
+
+
+def full_name(name):
+    """A dataset's name, with the domain that "demo" means."""
+    return f"demo-{demo.DEFAULT}" if name == "demo" else name
+
+
+def look_for_images(task):
+    """Raises an error now and not in the midst of a run. The demo's images are drawn, and need no look.
+
+    UnreadableImage: a training image is missing or no image. FileNotFoundError: a test image is missing.
+    """
+    if isinstance(task.read, FolderReader):
+        for path, _, _ in task.base_train:
+            task.read(path, decode=False)
+    if isinstance(task.new_read, FolderReader):
+        for path in task.new_train:
+            task.new_read(path, decode=False)
+    for test in task.tests.values():
+        if isinstance(test.read, FolderReader):
+            folder = test.read.folder
+            missing = [path for path, _, _ in test.items if not os.path.isfile(folder / path)]
+            if missing:
+                raise FileNotFoundError(
+                    f"{len(missing)} of {len(test.items)} test images are missing, the first is {folder / missing[0]}: "
+                    "complete the folder, or take them out of the split"
+                )
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def show(name, source, items, base, new):
+    """Prints what a run would see. items: {"base", "new", "test"}. base, new: the labels of the halves."""
+    names = class_names(source)
+    print(f"{name}: {len(names)} classes, '{source.template}'")
+    print(f"images: {source.image_folder or 'drawn by demo.py'}")
+    for half, labels, how in (("base", base, "few-shot"), ("new", new, "few-shot (unlabeled)")):
+        tests = select(items["test"], labels)
+        print(
+            f"{half}: {len(labels)} classes, {len(items[half])} {how} and {len(tests)} test images: "
+            f"{', '.join(names[label] for label in labels)}"
+        )
+    anchors, top_k = paper_batch(len(base))
+    print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
 
 
 def main():
+    """The command line of data.py."""
     parser = Parser("data.py", __doc__)
-    parser.add_argument("name", help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument("--root", default="data", metavar="DIR", help="the folder of the datasets "
-                        "(default: data); of 'folder' that of the class folders")
-    parser.add_argument("--download", action="store_true", help="fetch what is missing of the dataset")
-    parser.add_argument("--shots", type=at_least(1), default=16, metavar="N", help="images a class (default: 16)")
-    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of the few-shot draw (default: 1)")
-    parser.add_argument("--list", choices=["train", "val", "base", "new", "test"],
-                        help="one image a line, path<TAB>label<TAB>class name, in the order drawn: the whole draw "
-                        "(train, val) or test list with the split's labels, or a half of the draw with labels from 0")
+    add = parser.add_argument
+    # fmt: off
+    add("name", help=f"one of {', '.join(DATASETS)}")
+    add("--root", default="data", metavar="DIR",
+        help="the folder of the datasets (default: data); of 'folder' that of the class folders")
+    add("--download", action="store_true", help="fetch what is missing of the dataset")
+    add("--shots", type=at_least(1), default=16, metavar="N", help="images per class (default: 16)")
+    add("--seed", type=at_least(0), default=1, metavar="N", help="of the few-shot draw (default: 1)")
+    add("--list", choices=["train", "val", "base", "new", "test"],
+        help="one image per line, path<TAB>label<TAB>class name, in the order drawn: the whole draw (train, val) or "
+        "test list with the split's labels, or a half of the draw with labels from 0")
+    # fmt: on
     args = parser.parse_args()
     source = open_dataset(args.name, args.root, args.download)
-    names, drawn, test = class_names(source), few_shot(source.split, args.shots, args.seed), source.split["test"]
     base, new = halves(source.split["train"])
-    items = {**drawn, "base": select(drawn["train"], base), "new": select(drawn["train"], new), "test": test}
-    if args.list:
+    items = few_shot(source.split, args.shots, args.seed)
+    items["base"], items["new"] = select(items["train"], base), select(items["train"], new)
+    items["test"] = source.split["test"]
+    if args.list is None:
+        show(args.name, source, items, base, new)
+    else:
         for path, label, name in items[args.list]:
             print(path, label, name, sep="\t")
-        return
-    anchors, top_k = paper_batch(len(base))
-    print(f"{args.name}: {len(names)} classes, '{source.template}'")
-    print(f"images: {source.image_folder or 'drawn by demo.py'}")
-    for half, labels, how in (("base", base, "few-shot"), ("new", new, "few-shot (unlabelled)")):
-        print(f"{half}: {len(labels)} classes, {len(items[half])} {how} and {len(select(test, labels))} test images: "
-              f"{', '.join(names[label] for label in labels)}")
-    print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The scores: base and new accuracy, H, and how many pseudo-labels are right.
+"""Base, New and H: the scores (section 4.2), their table, and how many pseudo-labels are right.
 
-Nothing that trains imports this file's answers: only here does the index of an unlabelled training image meet its
-label, and only here are test images read.
+Training code never sees what this file reads: only here does an unlabeled training image meet its label, and only here
+are test images opened.
 """
 
 import pathlib
@@ -10,37 +10,76 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import demo
-from backbones import BACKBONES, ZeroShot, load_clip
-from loaders import Images, model_input, test_transform
-from record import read_folder, read_prompts, show
-from tasks import task_of
+from backbones import BACKBONES
+from data import task_of
+from encoders import ZeroShot, load_clip
+from images import Images, model_input, test_transform
+from record import COST, read_folder, read_prompts
 
 
 class Tests:
-    """A task's test images: called with a learner, {score: batches} to score it on, labels [B] with each.
+    """The test images of a task, for any number of learners.
 
-    Images uint8 [B, 3, h, w] where the learner prompts them; else features [B, d], which `foundation`, a `ZeroShot`,
-    encodes once for all learners, when the first is scored.
+    task: a `data.Task`. zero_shot: a `ZeroShot` of frozen CLIP, which encodes the images of those learners that leave
+    the image side alone: once, when the first of them asks. device, workers, batch_size: of loading and encoding.
     """
 
-    def __init__(self, task, foundation, device, workers=0, batch_size=256):
-        self.foundation, self.device, self.features = foundation, device, None
-        transform = test_transform(foundation.clip_model.visual.input_resolution)
-        self.images = {}
-        for name, (_, items, read, _) in task.tests.items():
-            images = Images([path for path, _, _ in items], read, transform, [label for _, label, _ in items])
-            self.images[name] = DataLoader(images, batch_size, num_workers=workers)
+    def __init__(self, task, zero_shot, device, workers=0, batch_size=256):
+        self.task, self.zero_shot, self.device = task, zero_shot, device
+        self.workers, self.batch_size, self.features = workers, batch_size, {}
+
+    def loader(self, name):
+        """Batches of (uint8 images [B, 3, h, w], labels [B]) of the test set `name`."""
+        test = self.task.tests[name]
+        paths, labels = [path for path, _, _ in test.items], [label for _, label, _ in test.items]
+        transform = test_transform(self.zero_shot.clip_model.visual.input_resolution)
+        return DataLoader(Images(paths, test.read, transform, labels), self.batch_size, num_workers=self.workers)
 
     @torch.no_grad()
-    def __call__(self, learner):
+    def batches(self, name, learner):
+        """What `accuracy` takes: `loader`'s batches, or (features [B, d], labels [B]) where images are not prompted."""
         if learner.prompts_images:
-            return self.images
-        self.features = self.features or {
-            name: [(self.foundation.image_features(model_input(images.to(self.device))), labels)
-                   for images, labels in tqdm(batches, desc=f"{name} test images", unit="batch")]
-            for name, batches in self.images.items()}
-        return self.features
+            return self.loader(name)
+        if name not in self.features:
+            self.features[name] = []
+            for images, labels in tqdm(self.loader(name), desc=f"{name} test images", unit="batch"):
+                features = self.zero_shot.image_features(model_input(images.to(self.device)))
+                self.features[name].append((features, labels))
+        return self.features[name]
+
+
+def score(learner, prompts, task, tests):
+    """The scores of a row, in percent and in the order of the table, a dict.
+
+    Of base-to-new "base", "new", "h" (section 4.2) and "base_by_final_prompt", which the paper does not report; of
+    cross-dataset each dataset and the targets' "average" (Table 2); of few-shot "accuracy". Base classes are scored by
+    the prompts after phase 1, new classes by the last ones (Tables 4 and 8). None: there is no test image of the new
+    classes.
+
+    prompts: state dicts {"base", "new"}, or None for zero-shot CLIP. tests: the task's `Tests`.
+    """
+    scores = {}
+    for name, test in task.tests.items():
+        if prompts is None:
+            learner.set_classes(test.names, test.template)
+        else:
+            learner.set_classes(test.names)
+            learner.load_state_dict(prompts["new" if name == "new" else "base"])
+        scores[name] = accuracy(learner, tests.batches(name, learner), tests.device)
+    if "base" in task.tests:
+        if prompts is not None:
+            learner.set_classes(task.tests["base"].names)
+            learner.load_state_dict(prompts["new"])
+            final = accuracy(learner, tests.batches("base", learner), tests.device)
+        else:
+            final = scores["base"]
+        base, new = scores["base"], scores.get("new")
+        h = None if new is None else harmonic_mean(base, new)
+        return {"base": base, "new": new, "h": h, "base_by_final_prompt": final}
+    targets = list(scores.values())[1:]
+    if targets:
+        scores["average"] = sum(targets) / len(targets)
+    return scores
 
 
 @torch.no_grad()
@@ -49,38 +88,11 @@ def accuracy(learner, batches, device):
     text_features = learner.text_features()  # [C, d]
     right = total = 0
     for images, labels in batches:
-        predicted = (learner.image_features(model_input(images.to(device))) @ text_features.T).argmax(dim=-1).cpu()
+        f = learner.image_features(model_input(images.to(device)))  # [B, d]
+        predicted = (f @ text_features.T).argmax(dim=-1).cpu()
         right += (predicted == labels).sum().item()
         total += len(labels)
     return 100 * right / total
-
-
-def score(learner, prompts, task, tests, device):
-    """{score: accuracy in percent}, in the order of the table: of base-to-new "base", "new", "h" and, not in the paper,
-    "base_by_final_prompt"; of cross-dataset each dataset and the targets' "average"; of few-shot "accuracy".
-
-    Base classes are scored by the prompts after phase 1, new classes by those after phase 2 (as Tables 4 and 8 do).
-    None: unknown, there is no test image of the new classes.
-
-    prompts: state dicts {"base", "new"}, or None for zero-shot CLIP. tests: a task's `Tests`.
-    """
-    batches, scores, final = tests(learner), {}, None
-    for name, test in task.tests.items():
-        if prompts is None:
-            learner.set_classes(test.names, test.template)
-        else:
-            learner.set_classes(test.names)
-            learner.load_state_dict(prompts["new" if name == "new" else "base"])
-        scores[name] = accuracy(learner, batches[name], device)
-        if name == "base":
-            learner.load_state_dict(prompts["new"] if prompts else {})
-            final = accuracy(learner, batches[name], device)
-    if "base" in task.tests:
-        base, new = scores["base"], scores.get("new")
-        return {"base": base, "new": new, "h": None if new is None else harmonic_mean(base, new),
-                "base_by_final_prompt": final}
-    targets = list(scores.values())[1:]
-    return {**scores, "average": sum(targets) / len(targets)} if targets else scores
 
 
 def harmonic_mean(base, new):
@@ -89,7 +101,11 @@ def harmonic_mean(base, new):
 
 
 def pseudo_label_accuracy(answers, indices, pseudo_labels):
-    """{"pseudo_label_accuracy": percent right}; answers[index] is the label nobody trained on. {} without answers."""
+    """{"pseudo_label_accuracy": percent right}, or {} where `answers` is None.
+
+    answers: the labels of all unlabeled training images, which nobody trained on. indices: int64 [N], which of them
+    were seen. pseudo_labels: int64 [N].
+    """
     if answers is None:
         return {}
     right = torch.tensor(answers)[indices] == pseudo_labels
@@ -106,17 +122,43 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     if config["backbone"] not in BACKBONES:
         raise ValueError(f"{folder} is of a backbone '{config['backbone']}', and here are {', '.join(BACKBONES)} alone")
     task = task_of({**config, "root": root or config["root"]})
-    clip = clip or config["clip"]
-    clip_model, sha256 = load_clip(demo.WEIGHTS if clip == "demo" else clip, device)
-    learner = foundation = ZeroShot(clip_model, task.base_names)
-    prompts = None
-    if config["method"] != "zeroshot":
+    clip_model, sha256 = load_clip(clip or config["clip"], device)
+    zero_shot = ZeroShot(clip_model, task.base_names)
+    if config["method"] == "zeroshot":
+        learner, prompts = zero_shot, None
+    else:
         learner = BACKBONES[config["backbone"]](clip_model, task.base_names, **config["settings"])
-        last = "base" if config["new_lr"] is None else "new"  # without a new phase, one prompt answers for both halves
-        prompts = {half: read_prompts(folder / f"{name}.safetensors", config["backbone"], sha256)
-                   for half, name in (("base", "base"), ("new", last))}
+        prompts = {"base": read_prompts(folder / "base.safetensors", config["backbone"], sha256)}
+        prompts["new"] = prompts["base"]
+        if config["new_lr"] is not None:  # the row had a new phase
+            prompts["new"] = read_prompts(folder / "new.safetensors", config["backbone"], sha256)
     try:
-        result |= score(learner, prompts, task, Tests(task, foundation, device, workers), device)
+        scores = score(learner, prompts, task, Tests(task, zero_shot, device, workers))
     except RuntimeError as error:
         raise ValueError(f"the prompts in {folder} do not fit the settings in its config.json: run it again") from error
-    show(config, [(config["method"], result)], BACKBONES[config["backbone"]].__name__)
+    show(config, [(config["method"], {**result, **scores})], BACKBONES[config["backbone"]].__name__)
+
+
+def show(config, rows, backbone):
+    """Prints the rows' table, and under it what the single final prompt does on the base classes.
+
+    config: the run's settings. rows: (method, result); accuracy in percent, seconds of tuning. backbone: its name.
+    """
+    names = {"zeroshot": "zero-shot CLIP", "backbone": backbone, "mao": f"{backbone} + MAO"}
+    titles = {"base": "Base", "new": "New", "h": "H", "accuracy": "Accuracy", "average": "Average"}
+    scores = [key for key in rows[0][1] if key not in (*COST, "base_by_final_prompt")]
+    lines = [["", *(titles.get(score, score) for score in scores), "learnable", "seconds", "peak memory"]]
+    for method, result in rows:
+        line = [names[method]]
+        line += ["-" if result[score] is None else f"{result[score]:.2f}" for score in scores]
+        line += [f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}", f"{result['peak_mib']:,.0f} MiB"]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    shots = "1 shot" if config["shots"] == 1 else f"{config['shots']} shots"
+    print(f"\n{config['dataset']}, seed {config['seed']}, {shots}")
+    for name, *cells in lines:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    for method, result in rows:
+        if method == "mao" and "base_by_final_prompt" in result:
+            final = result["base_by_final_prompt"]
+            print(f"The single final prompt of {names[method]} scores {final:.2f} on the base classes.")

@@ -1,9 +1,11 @@
-"""What a run leaves behind, and reads back: a folder a row, every file written beside its place and then renamed.
+"""What a run leaves behind, and reads back: one folder per row of the table.
 
     config.json         every setting in force, versions, git revision
-    metrics.jsonl       a line an epoch and phase
+    metrics.jsonl       one line per epoch of each phase
     base.safetensors    the learned prompts after phase 1, new.safetensors after phase 2
-    result.json         the scores
+    result.json         the scores and what they cost
+
+Every file is written beside its place and then renamed, so none is ever half-written.
 """
 
 import importlib.metadata
@@ -21,14 +23,16 @@ import safetensors
 import safetensors.torch
 import torch
 
-
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
-COST = ["learnable_parameters", "seconds", "peak_mib"]
+COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
 FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
 
 
 def folder_name(dataset, backbone, method, seed, changed):
-    """"demo-coop-mao-seed1", and what is not the default appended: `changed` maps option names to values."""
+    """A row's folder: "demo-coop-mao-seed1", with settings that are not the default appended.
+
+    changed: a dict of those, from option names to values.
+    """
     parts = [dataset, backbone, method, f"seed{seed}"]
     for option, value in changed.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -40,14 +44,13 @@ def folder_name(dataset, backbone, method, seed, changed):
 
 
 def write(path, content):
-    """Text or bytes into `path`, whole or not at all. OSError: the disk is full, or the folder cannot be written."""
+    """Puts text or bytes into `path`, whole or not at all. OSError: no room, or the folder cannot be written."""
     beside = path.with_name(f".{path.name}.part")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder"
-                      ) from error
+        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -94,25 +97,29 @@ class Record:
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
 
     def epoch(self, line):
-        """A line of metrics.jsonl: a dict. `seconds` adds up."""
+        """Adds a line to metrics.jsonl: a dict. Its `seconds` are summed for the result."""
         self.seconds += line["seconds"]
         self.metrics.append(json.dumps(line))
         write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
 
     def prompts(self, name, learner):
-        """The learner's state dict as `name`.safetensors; the header says what it belongs to."""
+        """Writes the learner's state dict as `name`.safetensors; the header says what it belongs to."""
         header = {key: self.config[key] for key in ("dataset", "backbone", "settings", "clip", "clip_sha256")}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
 
     def result(self, scores, learner):
-        """result.json: the row's scores, a dict, and what they cost. Returns both."""
-        parameters = sum(p.numel() for p in learner.parameters())
-        scores = {**scores, **dict(zip(COST, (parameters, self.seconds, peak_mib(self.config["device"]))))}
-        write(self.folder / "result.json", json.dumps(scores, indent=1) + "\n")
+        """Writes result.json: the row's scores, a dict, and what they cost. Returns both in one."""
+        result = {
+            **scores,
+            "learnable_parameters": sum(p.numel() for p in learner.parameters()),
+            "seconds": self.seconds,
+            "peak_mib": peak_mib(self.config["device"]),
+        }
+        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         shutil.rmtree(self.previous, ignore_errors=True)
-        return scores
+        return result
 
 
 def read_header(path):
@@ -143,13 +150,15 @@ def read_prompts(path, backbone, clip_sha256):
     if header["backbone"] != backbone:
         raise ValueError(f"the prompts in {path} are of the backbone '{header['backbone']}', not '{backbone}'")
     if header["clip_sha256"] != clip_sha256:
-        raise ValueError(f"the prompts in {path} were tuned for another CLIP, '{header['clip']}' of SHA-256 "
-                         f"{str(header['clip_sha256'])[:8]}...: give that one with --clip")
+        raise ValueError(
+            f"the prompts in {path} were tuned for another CLIP, '{header['clip']}' of SHA-256 "
+            f"{str(header['clip_sha256'])[:8]}...: give that one with --clip"
+        )
     return safetensors.torch.load_file(path)
 
 
 def read_folder(folder):
-    """(config, result) of a finished row. FileNotFoundError, ValueError: nothing there, or broken."""
+    """[config, result] of a finished row's folder. FileNotFoundError: not there. ValueError: broken."""
     content = []
     for name in ("config.json", "result.json"):
         path = pathlib.Path(folder) / name
@@ -168,27 +177,5 @@ def peak_mib(device):
     """Peak memory in MiB: on a GPU since its last reset, on a CPU the whole process's so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def show(config, rows, backbone):
-    """Prints the rows' table, and under it what the single final prompt does on the base classes.
-
-    rows: (method, result); accuracy in percent, seconds of tuning. backbone: its name as the table has it.
-    """
-    names = {"zeroshot": "zero-shot CLIP", "backbone": backbone, "mao": f"{backbone} + MAO"}
-    titles = {"base": "Base", "new": "New", "h": "H", "accuracy": "Accuracy", "average": "Average"}
-    scores = [key for key in rows[0][1] if key not in (*COST, "base_by_final_prompt")]
-    lines = [("", *(titles.get(score, score) for score in scores), "learnable", "seconds", "peak memory")]
-    for method, result in rows:
-        accuracies = ["-" if result[score] is None else f"{result[score]:.2f}" for score in scores]
-        lines.append((names[method], *accuracies, f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}",
-                      f"{result['peak_mib']:,.0f} MiB"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\n{config['dataset']}, seed {config['seed']}, {config['shots']} shot{'s' * (config['shots'] > 1)}")
-    for name, *cells in lines:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-    for method, result in rows:
-        if method == "mao" and "base_by_final_prompt" in result:
-            print(f"The single final prompt of {names[method]} scores {result['base_by_final_prompt']:.2f} "
-                  "on the base classes.")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

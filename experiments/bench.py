@@ -3,10 +3,10 @@
     python -m experiments.bench --quick             each call once, MAO's rows for CoOp only
     python -m experiments.bench --json bench.json   all rows, medians of three (--repeats), in a file too
 
-The baseline does what the authors' releases do: all classes at all 77 positions, every prompt whole, by clip's own
-modules (nn.MultiheadAttention), images encoded anew. Weights are random, at ViT-B/16's sizes (speed does not depend on
-them); the classes are the 51 base classes of Flowers102. Every fast path is checked against the baseline in the run.
-Ratios are the baseline's time or memory over ours, unless the name says otherwise.
+The baseline does what the authors' releases do, by the plain encoders of encoders.py: all classes at all 77 positions,
+images encoded anew. Weights are random, at the sizes of ViT-B/16, since speed does not depend on them. The classes are
+the 51 base classes of Flowers102. Every fast path is checked against the baseline in the run. Ratios are the baseline's
+time or memory over ours, unless the name says otherwise.
 """
 
 import ctypes
@@ -21,11 +21,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from backbones import BACKBONES, ZeroShot, clip, frozen_image_features
-from command import Parser, at_least, end
-from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
+from backbones import BACKBONES
+from cli import Parser, at_least, end
+from encoders import ZeroShot, clip, encode_images, encode_text, frozen_image_features
+from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from record import write
+from run import inputs
 from sampler import HardNegativeSampler, paper_batch
 
 FLOWERS = """pink primrose; hard-leaved pocket orchid; canterbury bells; sweet pea; english marigold; tiger lily; moon
@@ -58,61 +60,33 @@ def names(count):
 
 
 class Baseline:
-    """A prompt learner of ours, encoded as the authors' releases encode: the same prompts, the straightforward way."""
+    """A prompt learner of ours, run as the authors' releases run theirs: the same prompts, the plain encoders."""
 
-    def __init__(self, learner, classnames):
-        self.learner, self.model, self.logit_scale = learner, learner.clip_model, learner.logit_scale
-        self.tokens = clip.tokenize([f"{learner.words} {name}." for name in classnames]).to(learner.ctx.device)
-        self.embedded = self.model.token_embedding(self.tokens)  # [C, 77, w]
-        if hasattr(learner, "other_losses"):
-            self.other_losses = learner.other_losses
+    def __init__(self, learner):
+        self.learner, self.clip_model = learner, learner.clip_model
 
     def text_features(self):
-        model, context = self.model, self.learner.ctx
-        embedded, count = self.embedded, len(context)
-        deep = self.learner.deep_text()
-        x = torch.cat([embedded[:, :1], context.expand(len(embedded), -1, -1), embedded[:, 1 + count :]], dim=1)
-        x = (x + model.positional_embedding).transpose(0, 1)  # [77, C, w]
-        for layer, block in enumerate(model.transformer.resblocks):
-            if 0 < layer <= len(deep):
-                x = torch.cat([x[:1], deep[layer - 1][:, None].expand(-1, x.shape[1], -1), x[1 + count :]])
-            x = block(x)
-        x = model.ln_final(x.transpose(0, 1))
-        x = x[torch.arange(len(x)), self.tokens.argmax(dim=-1)] @ model.text_projection
-        x = F.normalize(x, dim=-1)
-        self.found = x.detach()
-        return x
+        prompts, ends = self.learner.prompts()  # [C, 77, w]
+        self.g = F.normalize(encode_text(self.clip_model, prompts, ends, self.learner.deep_text()), dim=-1)
+        return self.g
 
     def image_features(self, images):
-        learner, visual = self.learner, self.model.visual
-        if not learner.prompts_images:
-            with torch.no_grad():
-                return F.normalize(visual(images), dim=-1)
-        if hasattr(learner, "projections"):  # MaPLe
-            context = learner.proj(learner.ctx)
-            deep = [coupling(text) for coupling, text in zip(learner.projections, learner.text_prompts)]
-        else:
-            context, *deep = learner.visual_prompts
-        x = visual.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-        x = visual.ln_pre(torch.cat([x, context.expand(len(x), -1, -1)], dim=1)).transpose(0, 1)  # [T, B, w]
-        for layer, block in enumerate(visual.transformer.resblocks):
-            if 0 < layer <= len(deep):
-                x = torch.cat([x[: -len(context)], deep[layer - 1][:, None].expand(-1, x.shape[1], -1)])
-            x = block(x)
-        return F.normalize(visual.ln_post(x[0]) @ visual.proj, dim=-1)
+        if not self.learner.prompts_images:
+            return self.frozen_features(images)
+        context, *deep = self.learner.visual_contexts()
+        return F.normalize(encode_images(self.clip_model, images, context, deep), dim=-1)
 
-    def other_losses_frozen(self, images):
-        """PromptSRC's frozen features, by clip's own image encoder."""
-        with torch.no_grad():
-            return F.normalize(self.model.visual(images), dim=-1)
+    @torch.no_grad()
+    def frozen_features(self, images):
+        return F.normalize(encode_images(self.clip_model, images), dim=-1)
 
-    def step(self, images, labels):
-        """The loss of a batch, over all classes (over the batch's own it costs the same: the text side encodes all)."""
+    def loss(self, images, labels):
+        """The loss of a batch over all classes. Over the batch's own it costs the same: the text side encodes all."""
         f, g = self.image_features(images), self.text_features()
-        loss = alterable_cross_entropy(f, g, labels.to(f.device), self.logit_scale)
-        if hasattr(self, "other_losses"):
-            loss = loss + self.other_losses(images, f, g, frozen_features=self.other_losses_frozen(images))
+        loss = alterable_cross_entropy(f, g, labels, self.learner.logit_scale)
+        if hasattr(self.learner, "other_losses"):
+            self.learner.encoded = g  # so that the learner does not encode them again, its own way
+            loss = loss + self.learner.other_losses((images, self.frozen_features(images)), f)
         return loss
 
 
@@ -200,141 +174,231 @@ def difference(ours, theirs):
 # The bench ------------------------------------------------------------------------------------------------------------
 
 
-def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple(BACKBONES)):
-    """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
-    measure = Meter(device, repeats)
-    model = random_clip(sizes, device)
-    classnames = names(51)
-    torch.manual_seed(1)
-    images = torch.randn(BATCH, 3, model.visual.input_resolution, model.visual.input_resolution, device=device)
-    sampler = HardNegativeSampler(np.repeat(np.arange(51), SHOTS), classnames, *paper_batch(51))
-    hard = torch.from_numpy(sampler.labels[next(iter(sampler))])  # the labels of a batch of hard negatives
-    classes = candidates(hard)[0].to(device)
-    plain_steps, base_steps = 51 * SHOTS // BATCH, len(sampler)
-    ratios, rows, differences = {}, [], {}
+class Case:
+    """What is measured: a CLIP of random weights, class names, a batch of images, and labels for each kind of step."""
 
-    foundation = ZeroShot(model, classnames)
-    labeler = PseudoLabeler(foundation)
-    frozen = {}
-    encode, _ = measure(lambda: frozen.update(f=frozen_image_features(model, images)))
-    f = frozen["f"]  # [B, d]
+    def __init__(self, sizes, device, measure):
+        self.sizes, self.device, self.measure = sizes, device, measure
+        self.model = random_clip(sizes, device)
+        self.classnames = names(51)
+        pixels = self.model.visual.input_resolution
+        torch.manual_seed(1)
+        self.images = torch.randn(BATCH, 3, pixels, pixels, device=device)
+        self.labels = torch.arange(BATCH) % 51
+        sampler = HardNegativeSampler(np.repeat(np.arange(51), SHOTS), self.classnames, *paper_batch(51))
+        self.hard_labels = torch.from_numpy(sampler.labels[next(iter(sampler))])  # of a batch of hard negatives
+        self.classes = candidates(self.hard_labels)[0].to(device)  # H of them
+        self.plain_steps, self.base_steps = 51 * SHOTS // BATCH, len(sampler)  # per epoch
+        self.foundation = ZeroShot(self.model, self.classnames)
+        self.labeler = PseudoLabeler(self.foundation)
+        self.f = frozen_image_features(self.model, self.images)  # [B, d]
+        self.encode = measure(lambda: frozen_image_features(self.model, self.images))[0]  # seconds
 
-    for backbone in tqdm(backbones, "steps"):
-        cls = BACKBONES[backbone]
-        learner = cls(model, classnames)
-        baseline = Baseline(learner, classnames)
-        learner.frozen_text = foundation.text_features()  # PromptSRC's, of one template: encoded once a run, not a step
+    def step(self, learner, loss):
+        """(seconds, MiB) of a forward and backward pass; `loss` is a function of nothing that gives the scalar."""
+        return self.measure(lambda: gradients(learner, loss))
 
-        def step(loss, learner=learner):
-            return measure(lambda: gradients(learner, loss))
+    def new_phase_loss(self, learner, images):
+        """MAO's new phase as run.py has it: pseudo-labels, then the loss."""
+        f = self.foundation.image_features(images)
+        pseudo_labels, _ = self.labeler(f)
+        return new_loss(learner, inputs(learner, images, f), pseudo_labels)
 
-        def new_phase(images=images, learner=learner):
-            f = foundation.image_features(images)
-            pseudo_labels, _ = labeler.label_features(f)
-            return new_step(learner, images if learner.prompts_images else f, pseudo_labels, frozen_features=f)
 
-        labels = torch.arange(BATCH) % 51
-        authors = step(lambda: baseline.step(images, labels))
-        theirs = learner.found
-        if learner.prompts_images:
-            side = ImageSide(learner)
-            plain = measure(lambda: side(lambda: full_step(learner, images, labels)))
-            bound = statistics.median(side.seconds[-repeats:]) + encode * hasattr(learner, "other_losses")
-        else:
-            plain, bound = step(lambda: full_step(learner, images, labels)), encode
-        differences[f"{backbone}: loss and gradients"] = difference(learner.found, theirs)
-        with torch.no_grad():
-            differences[f"{backbone}: candidates' text features"] = difference(
-                [learner.text_features(classes)], [baseline.found[classes]])
+def bench_steps(case, backbone, with_mao):
+    """(rows, ratios, differences) of a backbone's steps: the authors' way, ours, and with MAO."""
+    torch.manual_seed(1)  # the same prompts whichever backbones are measured
+    learner = BACKBONES[backbone](case.model, case.classnames)
+    learner.frozen_text = case.foundation.text_features()  # PromptSRC's, of one template: once per run, not per step
+    baseline = Baseline(learner)
+    images, labels, hard_labels = case.images, case.labels, case.hard_labels
+    authors = case.step(learner, lambda: baseline.loss(images, labels))
+    theirs = learner.found
+    if learner.prompts_images:
+        side = ImageSide(learner)
+        ours = case.measure(lambda: side(lambda: backbone_loss(learner, images, labels)))
+        bound = statistics.median(side.seconds[-case.measure.repeats :])
+        if hasattr(learner, "other_losses"):
+            bound += case.encode  # the frozen image features that its losses take
+    else:
+        ours = case.step(learner, lambda: backbone_loss(learner, images, labels))
+        bound = case.encode
+    differences = {f"{backbone}: loss and gradients": difference(learner.found, theirs)}
+    with torch.no_grad():
+        few, all_of_them = learner.text_features(case.classes), baseline.text_features()
+    differences[f"{backbone}: candidates' text features"] = difference([few], [all_of_them[case.classes]])
 
-        parameters = sum(p.numel() for p in learner.parameters())
-        measured = [(", authors' way", authors, plain_steps), ("", plain, plain_steps),
-                    (", as many steps as MAO's base phase", plain, base_steps)]
-        ratios[f"{backbone}_step"] = authors[0] / plain[0]
-        ratios[f"{backbone}_step_memory"] = authors[1] / plain[1]
-        ratios[f"{backbone}_step_to_image_side"] = plain[0] / bound
-        if backbone == "coop" or not quick:
-            base, new = step(lambda: base_step(learner, images, hard)), step(new_phase)
-            ratios[f"mao_step_to_{backbone}_step"] = base[0] / plain[0]
-            ratios[f"mao_new_step_to_{backbone}_step"] = new[0] / plain[0]
-            measured += [(" + MAO, base phase", base, base_steps), (" + MAO, new phase", new, plain_steps)]
-        for name, (seconds, mib), steps in measured:
-            rows.append({"row": cls.__name__ + name, "learnable": parameters, "mib": mib, "step": seconds,
-                         "steps": steps})
-        if backbone == "coop":
-            g = torch.randn(51, f.shape[1], device=device)
-            authors_text, _ = step(lambda: (baseline.text_features() * g).sum())
-            ratios["text_all_classes"] = authors_text / step(lambda: (learner.text_features() * g).sum())[0]
-            for ratio, few in (("text_candidates", classes), ("text_32_candidates", torch.arange(32))):
-                ratios[ratio] = authors_text / step(lambda: (learner.text_features(few) * g[few]).sum())[0]
-            encoding = encode * 51 * SHOTS * VIEWS / BATCH  # of all views, once a phase
-            for name, ratio, loss, steps, epochs in (
-                    ("", "cached_views_coop", lambda: full_step(learner, f, labels), plain_steps, 2 * EPOCHS),
-                    (" + MAO, base phase", "cached_views_phase", lambda: base_step(learner, f, hard), base_steps,
-                     EPOCHS),
-                    (" + MAO, new phase", "cached_views_new_phase", lambda: new_phase(f), plain_steps, EPOCHS)):
-                (seconds, mib), count = step(loss), epochs * steps
-                ratios[ratio] = count * authors[0] / (encoding + count * seconds)
-                rows.append({"row": f"CoOp{name}, {VIEWS} cached views (their encoding spread over the phase)",
-                             "learnable": parameters, "mib": mib, "step": seconds + encoding / count, "steps": steps})
+    ratios = {
+        f"{backbone}_step": authors[0] / ours[0],
+        f"{backbone}_step_memory": authors[1] / ours[1],
+        f"{backbone}_step_to_image_side": ours[0] / bound,
+    }
+    measured = [
+        (", authors' way", authors, case.plain_steps),
+        ("", ours, case.plain_steps),
+        (", as many steps as MAO's base phase", ours, case.base_steps),
+    ]
+    if with_mao:
+        base = case.step(learner, lambda: base_loss(learner, images, hard_labels))
+        new = case.step(learner, lambda: case.new_phase_loss(learner, images))
+        ratios[f"mao_step_to_{backbone}_step"] = base[0] / ours[0]
+        ratios[f"mao_new_step_to_{backbone}_step"] = new[0] / ours[0]
+        measured += [(" + MAO, base phase", base, case.base_steps), (" + MAO, new phase", new, case.plain_steps)]
+    name, parameters = BACKBONES[backbone].__name__, sum(p.numel() for p in learner.parameters())
+    rows = [row(name + what, parameters, cost, steps) for what, cost, steps in measured]
+    return rows, ratios, differences
 
-    # Over the classes. With --quick the authors' way runs forward only, which understates its memory.
-    sweep = []
-    for count in tqdm((10, 50, 100, 200, 1000) if quick else (10, 50, 100, 200, 500, 1000), "text side"):
+
+def row(name, parameters, cost, steps):
+    seconds, mib = cost
+    return {"row": name, "learnable": parameters, "mib": mib, "step": seconds, "steps": steps}
+
+
+def bench_coop(case, authors_step):
+    """(rows, ratios) of CoOp alone: its text side by itself, and steps on cached views of the images.
+
+    authors_step: seconds of its step the authors' way.
+    """
+    learner = BACKBONES["coop"](case.model, case.classnames)
+    baseline = Baseline(learner)
+    g = torch.randn(51, case.f.shape[1], device=case.device)
+    authors_text, _ = case.step(learner, lambda: (baseline.text_features() * g).sum())
+    all_text, _ = case.step(learner, lambda: (learner.text_features() * g).sum())
+    ratios, rows = {"text_all_classes": authors_text / all_text}, []
+    for ratio, few in (("text_candidates", case.classes), ("text_32_candidates", torch.arange(32))):
+        few_text, _ = case.step(learner, lambda few=few: (learner.text_features(few) * g[few]).sum())
+        ratios[ratio] = authors_text / few_text
+
+    encoding = case.encode * 51 * SHOTS * VIEWS / BATCH  # seconds, of all views, once per phase
+    phases = [
+        ("", "cached_views_coop", lambda: backbone_loss(learner, case.f, case.labels), 2 * EPOCHS * case.plain_steps),
+        (" + MAO, base phase", "cached_views_phase", lambda: base_loss(learner, case.f, case.hard_labels),
+         EPOCHS * case.base_steps),
+        (" + MAO, new phase", "cached_views_new_phase", lambda: case.new_phase_loss(learner, case.f),
+         EPOCHS * case.plain_steps),
+    ]  # fmt: skip
+    for what, ratio, loss, steps in phases:
+        seconds, mib = case.step(learner, loss)
+        ratios[ratio] = steps * authors_step / (encoding + steps * seconds)
+        name = f"CoOp{what}, {VIEWS} cached views (their encoding spread over the phase)"
+        per_epoch = case.base_steps if ratio == "cached_views_phase" else case.plain_steps
+        rows.append(row(name, learner.ctx.numel(), (seconds + encoding / steps, mib), per_epoch))
+    return rows, ratios
+
+
+def bench_classes(case, backbones, quick):
+    """The text side over the number of classes: a list of lines, {"authors", "plain", "mao"} (seconds, MiB) in each.
+
+    With `quick` the authors' way runs forward only, which understates its memory.
+    """
+    lines = []
+    counts = [10, 50, 100, 200, 1000] if quick else [10, 50, 100, 200, 500, 1000]
+    for count in tqdm(counts, "text side"):
         for backbone in [name for name in ("coop", "maple") if name in backbones]:
-            learner = BACKBONES[backbone](model, names(count))
-            few = torch.arange(min(count, len(classes)), device=device)  # as many candidates as the batch above
+            learner = BACKBONES[backbone](case.model, names(count))
+            few = torch.arange(min(count, len(case.classes)), device=case.device)  # as many as the batch above has
             line = {"backbone": backbone, "classes": count, "authors": None, "plain": None}
-            if backbone == "coop" and (100 <= count <= 200 if quick else count <= 200):
-                baseline = Baseline(learner, names(count))
-                line["authors"] = measure(baseline.text_features if quick
-                                          else lambda: baseline.text_features().sum().backward())
+            least = 100 if quick else 0
+            if backbone == "coop" and least <= count <= 200:
+                baseline = Baseline(learner)
+                if quick:
+                    line["authors"] = case.measure(baseline.text_features)
+                else:
+                    line["authors"] = case.measure(lambda b=baseline: b.text_features().sum().backward())
                 del baseline
             if backbone == "coop" or count <= 50 or not quick:
-                line["plain"] = measure(lambda: learner.text_features().sum().backward())
-            line["mao"] = measure(lambda: learner.text_features(few).sum().backward())
-            sweep.append(line)
+                line["plain"] = case.measure(lambda t=learner: t.text_features().sum().backward())
+            line["mao"] = case.measure(lambda t=learner, few=few: t.text_features(few).sum().backward())
+            lines.append(line)
+    return lines
+
+
+def matmul_rates(case):
+    """(the device's operations per second in matrix multiplication, the share of them that encoding images reaches)."""
+    visual = case.model.visual
+    width, layers, tokens = visual.conv1.out_channels, visual.transformer.layers, len(visual.positional_embedding)
+    blocks = tokens * 12 * width**2 * layers  # multiplications of an image's tokens with weights
+    attention = 2 * tokens**2 * width * layers
+    patches = (tokens - 1) * visual.conv1.weight.numel()
+    operations = 2 * BATCH * (blocks + attention + patches)
+    a = torch.randn(2048, 2048, device=case.device)
+    rate = 2 * 2048**3 / Meter(case.device, 5)(lambda: a @ a)[0]
+    return rate, operations / case.encode / rate
+
+
+def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple(BACKBONES)):
+    """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
+    case = Case(sizes, device, Meter(device, repeats))
+    rows, ratios, differences = [], {}, {}
+    for backbone in tqdm(backbones, "steps"):
+        found = bench_steps(case, backbone, with_mao=backbone == "coop" or not quick)
+        rows += found[0]
+        ratios.update(found[1])
+        differences.update(found[2])
+        if backbone == "coop":
+            found = bench_coop(case, rows[0]["step"])
+            rows += found[0]
+            ratios.update(found[1])
+    sweep = bench_classes(case, backbones, quick)
     memory = {line["classes"]: line for line in sweep if line["backbone"] == "coop"}
     at_100, at_200 = memory[100]["authors"][1], memory[200]["authors"][1]
-    extrapolated = at_200 + 8 * (at_200 - at_100)
+    extrapolated = at_200 + 8 * (at_200 - at_100)  # the authors' way at 1,000 classes
     ratios["memory_1000_classes"] = extrapolated / memory[1000]["plain"][1]
-
-    visual = model.visual
-    width, layers, tokens = visual.conv1.out_channels, visual.transformer.layers, len(visual.positional_embedding)
-    operations = 2 * BATCH * (tokens * 12 * width**2 * layers + 2 * tokens**2 * width * layers  # blocks, attention
-                              + (tokens - 1) * visual.conv1.weight.numel())
-    a = torch.randn(2048, 2048, device=device)
-    rate = 2 * 2048**3 / Meter(device, 5)(lambda: a @ a)[0]
+    rate, share = matmul_rates(case)
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "sizes": sizes,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     return {
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "sizes": sizes,
-                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-                    "repeats": measure.repeats, "date": time.strftime("%Y-%m-%d")},
-        "ratios": ratios, "rows": rows, "sweep": sweep, "differences": differences,
-        "memory_1000_classes_extrapolated_mib": extrapolated, "inference_images_a_second": BATCH / encode,
-        "share_of_matmul_rate": operations / encode / rate, "matmul_rate": rate,
+        "machine": machine,
+        "ratios": ratios,
+        "rows": rows,
+        "sweep": sweep,
+        "differences": differences,
+        "memory_1000_classes_extrapolated_mib": extrapolated,
+        "inference_images_a_second": BATCH / case.encode,
+        "share_of_matmul_rate": share,
+        "matmul_rate": rate,
     }
 
 
 def show(found):
     """Prints what `bench` found."""
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
-    print("\n| row | learnable | peak MiB of a step | s a step | steps an epoch | images an epoch | s an epoch |"
-          "\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| row | learnable | peak MiB of a step | s per step | steps per epoch | images per epoch | s per epoch |"
+        "\n|---|---|---|---|---|---|---|"
+    )
     for row in found["rows"]:
-        print(f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} | {row['steps']} "
-              f"| {BATCH * row['steps']:,} | {row['step'] * row['steps']:.1f} |")
-    print(f"\ninference: {found['inference_images_a_second']:.1f} images/s, "
-          f"{100 * found['share_of_matmul_rate']:.0f}% of the device's measured matrix-multiply rate, "
-          f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s")
-    print("\n| text side, forward and backward | classes | authors' way | all classes | MAO's candidates |"
-          "\n|---|---|---|---|---|")
+        print(
+            f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} | {row['steps']} "
+            f"| {BATCH * row['steps']:,} | {row['step'] * row['steps']:.1f} |"
+        )
+    print(
+        f"\ninference: {found['inference_images_a_second']:.1f} images/s, "
+        f"{100 * found['share_of_matmul_rate']:.0f}% of the device's measured matrix-multiply rate, "
+        f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s"
+    )
+    print(
+        "\n| text side, forward and backward | classes | authors' way | all classes | MAO's candidates |"
+        "\n|---|---|---|---|---|"
+    )
     for line in found["sweep"]:
-        cells = ["" if line[key] is None else f"{line[key][0]:.3f} s, {line[key][1]:,.0f} MiB"
-                 for key in ("authors", "plain", "mao")]
+        cells = [
+            "" if line[key] is None else f"{line[key][0]:.3f} s, {line[key][1]:,.0f} MiB"
+            for key in ("authors", "plain", "mao")
+        ]
         print(f"| {line['backbone']} | {line['classes']} | " + " | ".join(cells) + " |")
     print(f"\nauthors' way at 1,000 classes, extrapolated: {found['memory_1000_classes_extrapolated_mib']:,.0f} MiB")
-    print("\nlargest relative difference from the baseline: "
-          + ", ".join(f"{name} {value:.1e}" for name, value in found["differences"].items()))
+    print(
+        "\nlargest relative difference from the baseline: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in found["differences"].items())
+    )
     print("\n| ratio | |\n|---|---|")
     for name, value in found["ratios"].items():
         print(f"| {name} | {value:.2f} |")
@@ -343,10 +407,15 @@ def show(found):
 def main():
     parser = Parser("experiments.bench", __doc__)
     parser.add_argument("--quick", action="store_true", help="MAO's rows for CoOp only, fewer classes, each call once")
-    parser.add_argument("--repeats", type=at_least(1), metavar="N", help="calls to take the median of, after "
-                        "one to warm up where there are several (default: 3; quick: 1)")
-    parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES),
-                        help="besides coop (default: all)")
+    parser.add_argument(
+        "--repeats",
+        type=at_least(1),
+        metavar="N",
+        help="calls to take the median of, after one to warm up where there are several (default: 3; quick: 1)",
+    )
+    parser.add_argument(
+        "--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES), help="besides coop (default: all)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

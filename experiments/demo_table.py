@@ -34,8 +34,9 @@ def tune(job):
     import run
 
     torch.set_num_threads(1)
-    run.main(["--dataset", f"demo-{domain}", "--backbone", backbone, "--seed", str(seed), "--out", out,
-              "--workers", "0"])
+    run.main(
+        ["--dataset", f"demo-{domain}", "--backbone", backbone, "--seed", str(seed), "--out", out, "--workers", "0"]
+    )
 
 
 def scores(out, domain, backbone, method, seeds):
@@ -48,8 +49,9 @@ def scores(out, domain, backbone, method, seeds):
             found[key].append(result[key])
         if method == "mao":
             lines = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
-            found["labels"].append(statistics.mean(
-                line["pseudo_label_accuracy"] for line in lines if line["phase"] == "new"))
+            found["labels"].append(
+                statistics.mean(line["pseudo_label_accuracy"] for line in lines if line["phase"] == "new")
+            )
     return found
 
 
@@ -71,8 +73,9 @@ def main():
     args = parser.parse_args()
     domains = list(demo.LIGHTS) if args.domains == ["all"] else args.domains
 
-    jobs = [(args.out, domain, backbone, seed)
-            for seed in args.seeds for domain in domains for backbone in args.backbones]
+    jobs = [
+        (args.out, domain, backbone, seed) for seed in args.seeds for domain in domains for backbone in args.backbones
+    ]
     if args.reuse:
         jobs = [job for job in jobs if not (folder(*job[:3], "mao", job[3]) / "result.json").is_file()]
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:

@@ -1,4 +1,5 @@
 import json
+import pathlib
 import runpy
 import sys
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+import layouts
+
+PROJECT = pathlib.Path(layouts.__file__).parent
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def eurosat(tmp_path):
     folder = tmp_path / "datasets" / "eurosat"
     rng = np.random.default_rng(0)
     split = {"train": [], "val": [], "test": []}
-    for label, (directory, name) in enumerate(data.EUROSAT_NAMES.items()):
+    for label, (directory, name) in enumerate(layouts.EUROSAT_NAMES.items()):
         (folder / "2750" / directory).mkdir(parents=True)
         for number in range(8):
             path = f"{directory}/{directory}_{number + 1}.jpg"
@@ -29,13 +32,15 @@ def eurosat(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs a script as a user types it: command("run.py", "--shots", 2) -> (exit code, stdout, stderr)."""
+
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         try:
-            runpy.run_path(str(data.pathlib.Path(data.__file__).parent / script), run_name="__main__")
+            runpy.run_path(str(PROJECT / script), run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
         output = capsys.readouterr()
         return code, output.out, output.err
+
     return run

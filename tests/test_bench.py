@@ -6,9 +6,19 @@ import sys
 
 import pytest
 
-NAMES = ["text_all_classes", "text_candidates", "coop_step", "cached_views_phase", "maple_step", "promptsrc_step",
-         "memory_1000_classes", "mao_step_to_coop_step", "coop_step_to_image_side", "maple_step_to_image_side",
-         "promptsrc_step_to_image_side"]
+NAMES = [
+    "text_all_classes",
+    "text_candidates",
+    "coop_step",
+    "cached_views_phase",
+    "maple_step",
+    "promptsrc_step",
+    "memory_1000_classes",
+    "mao_step_to_coop_step",
+    "coop_step_to_image_side",
+    "maple_step_to_image_side",
+    "promptsrc_step_to_image_side",
+]
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -1,6 +1,7 @@
 """CoOp's draw and halves, layouts, and loaders that show a label to nobody who must not see it."""
 
 import json
+import pathlib
 import zlib
 
 import numpy as np
@@ -9,19 +10,23 @@ import torch
 
 import data
 import demo
-import download
+import encoders
 import evaluate
-import loaders
-import tasks
+import images
+import layouts
+from experiments.pretrain import pretrain
 
-EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # images a class in CoOp's split
+EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # images per class in CoOp's split
 
 
-@pytest.mark.parametrize("seed, first, checksum", [
-    (1, [275, 1165, 129, 522, 241], 981511515),
-    (2, [115, 187, 173, 739, 346], 3137621565),
-    (3, [487, 1213, 1114, 267, 757], 3529770246),
-])
+@pytest.mark.parametrize(
+    "seed, first, checksum",
+    [
+        (1, [275, 1165, 129, 522, 241], 981511515),
+        (2, [115, 187, 173, 739, 346], 3137621565),
+        (3, [487, 1213, 1114, 267, 757], 3529770246),
+    ],
+)
 def test_the_draw_is_the_published_one(seed, first, checksum):
     """Positions within their class of EuroSAT's published 16-shot draws, and a checksum of all 160."""
     items = [[position, label, ""] for label, count in enumerate(EUROSAT_TRAIN) for position in range(count)]
@@ -45,10 +50,10 @@ def test_halves_and_labels():
 
 def test_the_eleven_demo_domains():
     assert len(demo.LIGHTS) == 11 and len(demo.CLASSNAMES) == 100
-    task = tasks.open_task(data.open_dataset("demo-neon"))
+    task = data.open_task(data.open_dataset("demo-neon"))
     assert (len(task.base_names), len(task.new_names)) == (50, 50)
     assert (len(task.base_train), len(task.new_train)) == (800, 800)
-    assert not {n.split()[0] for n in task.base_names} & {n.split()[0] for n in task.new_names}  # other colours
+    assert not {n.split()[0] for n in task.base_names} & {n.split()[0] for n in task.new_names}  # other colors
     assert not set(task.new_train) & {path for path, _, _ in task.tests["new"].items}
     path = task.tests["new"].items[0][0]
     assert demo.read(path).tobytes() == demo.read.__wrapped__(path).tobytes()  # drawn again, the same
@@ -57,20 +62,20 @@ def test_the_eleven_demo_domains():
 
 def test_pretraining_is_deterministic(tmp_path):
     for name in ("one.pt", "two.pt"):
-        demo.pretrain(tmp_path / name, steps=2, pairs=16)
+        pretrain(tmp_path / name, steps=2, pairs=16)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     weights = torch.load(tmp_path / "one.pt", weights_only=True)
-    ours = torch.load(demo.WEIGHTS, weights_only=True)
+    ours = torch.load(encoders.DEMO_WEIGHTS, weights_only=True)
     assert {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in ours.items()}
     unused = weights["token_embedding.weight"][1000:1010]  # tokens that no caption has: as the seed drew them
     assert torch.equal(unused, ours["token_embedding.weight"][1000:1010])
 
 
 def test_the_new_phase_has_no_labels():
-    task = tasks.open_task(data.open_dataset("demo-plain"), shots=2, unlabeled_shots=3)
+    task = data.open_task(data.open_dataset("demo-plain"), shots=2, unlabeled_shots=3)
     assert all(isinstance(path, str) for path in task.new_train) and len(task.new_train) == 150
-    images = loaders.Images(task.new_train, task.read, loaders.test_transform(32))
-    loader = loaders.training_loader(images, loaders.ShuffledBatches(len(images), 32, 1), seed=1, phase=2)
+    dataset = images.Images(task.new_train, task.read, images.test_transform(32))
+    loader = images.training_loader(dataset, images.ShuffledBatches(len(dataset), 32, 1), seed=1, phase=2)
     seen = [indices for _, indices in loader]
     assert len(loader) == 4 and len(set(torch.cat(seen).tolist())) == 128  # an index each, the last batch dropped
     right = torch.tensor(task.new_answers)[torch.cat(seen)]
@@ -80,15 +85,15 @@ def test_the_new_phase_has_no_labels():
 
 
 def test_a_small_set_makes_one_smaller_batch():
-    assert [len(batch) for batch in loaders.ShuffledBatches(5, 32, 1)] == [5]
+    assert [len(batch) for batch in images.ShuffledBatches(5, 32, 1)] == [5]
 
 
 def test_augmentation_does_not_depend_on_workers():
-    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
-    images = loaders.Images([path for path, _, _ in task.base_train], task.read, loaders.train_transform(32, (0.3, 1)))
+    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
+    dataset = images.Images([path for path, _, _ in task.base_train], task.read, images.train_transform(32, (0.3, 1)))
     epochs = {}
     for workers in (0, 1, 2):
-        loader = loaders.training_loader(images, loaders.ShuffledBatches(50, 8, 1), 1, 1, workers)
+        loader = images.training_loader(dataset, images.ShuffledBatches(50, 8, 1), 1, 1, workers)
         for epoch in (1, 2):
             torch.manual_seed(workers)  # the global state must not matter
             loader.batch_sampler.set_epoch(epoch)
@@ -99,25 +104,32 @@ def test_augmentation_does_not_depend_on_workers():
 
 
 def test_loading_leaves_the_global_generator_alone():
-    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
+    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
     before = torch.random.get_rng_state()
-    loaders.Images(task.new_train, task.read, loaders.train_transform(32, (0.3, 1)))[0, 7]
+    images.Images(task.new_train, task.read, images.train_transform(32, (0.3, 1)))[0, 7]
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_eurosat_in_coops_layout(eurosat, command):
     source = data.open_dataset("eurosat", eurosat)
-    task = tasks.open_task(source, shots=4)
-    assert task.base_names == ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
-                               "Industrial Buildings"]
+    task = data.open_task(source, shots=4)
+    assert task.base_names == [
+        "Annual Crop Land",
+        "Forest",
+        "Herbaceous Vegetation Land",
+        "Highway or Road",
+        "Industrial Buildings",
+    ]
     code, out, _ = command("data.py", "eurosat", "--root", eurosat, "--shots", 4)
     assert code == 0 and "b = 2 anchors, K = 2 classes" in out and "20 few-shot" in out
     lists = {}
     for name in ("train", "base", "new", "test"):
         lists[name] = command("data.py", "eurosat", "--root", eurosat, "--shots", 4, "--list", name)[1].splitlines()
-    assert [line.split("\t") for line in lists["train"]] == \
-        [[path, str(label), name] for path, label, name in data.few_shot(source.split, 4, 1)["train"]]
-    assert [line.split("\t")[0] for line in lists["base"] + lists["new"]] == [l.split("\t")[0] for l in lists["train"]]
+    assert [line.split("\t") for line in lists["train"]] == [
+        [path, str(label), name] for path, label, name in data.few_shot(source.split, 4, 1)["train"]
+    ]
+    paths = {name: [line.split("\t")[0] for line in found] for name, found in lists.items()}
+    assert paths["base"] + paths["new"] == paths["train"]
     assert lists["new"][0].split("\t")[1:] == ["0", "Pasture Land"] and len(lists["test"]) == 20
 
 
@@ -131,44 +143,48 @@ def test_no_split_file_means_coops_rule(eurosat, capsys):
 
 def test_a_download_is_moved_in_when_it_is_whole(eurosat, monkeypatch):
     def fetch(root, download):
-        (data.pathlib.Path(root) / "eurosat").mkdir()
-        (eurosat / "images").rename(data.pathlib.Path(root) / "eurosat" / "2750")
+        (pathlib.Path(root) / "eurosat").mkdir()
+        (eurosat / "images").rename(pathlib.Path(root) / "eurosat" / "2750")
 
     (eurosat / "eurosat" / "2750").rename(eurosat / "images")
-    monkeypatch.setattr(download.datasets, "EuroSAT", fetch)
+    monkeypatch.setattr(layouts.datasets, "EuroSAT", fetch)
     source = data.open_dataset("eurosat", eurosat, download=True)
     assert source.image_folder.is_dir() and sorted(path.name for path in eurosat.iterdir()) == ["eurosat"]
 
 
+def split_file(content):
+    """Damage to EuroSAT's folder: a split file with this content."""
+    return lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(content)
+
+
+# fmt: off
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: folder.rename(folder.with_name("elsewhere")), "neither .*split_zhou_EuroSAT.json nor .*2750 is"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [1]'), "is not a split file"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text('{"train": [["a", 0]], "test": []}'), "is not a"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
-        '{"train": [["a", 0, "x"], ["b", "1", "y"]], "test": [["c", 0, "x"]]}'), "is not a split file"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
-        '{"train": [["a", 0, "x"]], "val": [1], "test": [["c", 0, "x"]]}'), "is not a split file"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text("[1]"), "is not a split file"),
-    (lambda folder: (folder / "split_zhou_EuroSAT.json").write_text(
-        '{"train": [["a", 0, "x"], ["b", 1, "y"]], "test": [["c", 0, "x"], ["d", 1, "y"], ["e", 2, "z"]]}'),
+    (split_file('{"train": [1]'), "is not a split file"),
+    (split_file('{"train": [["a", 0]], "test": []}'), "is not a"),
+    (split_file('{"train": [["a", 0, "x"], ["b", "1", "y"]], "test": [["c", 0, "x"]]}'), "is not a split file"),
+    (split_file('{"train": [["a", 0, "x"]], "val": [1], "test": [["c", 0, "x"]]}'), "is not a split file"),
+    (split_file("[1]"), "is not a split file"),
+    (split_file('{"train": [["a", 0, "x"], ["b", 1, "y"]], "test": [["c", 0, "x"], ["d", 1, "y"], ["e", 2, "z"]]}'),
      "the class 'z' has no training image"),
 ])
+# fmt: on
 def test_a_broken_root_is_one_sentence(eurosat, command, damage, message):
     damage(eurosat / "eurosat")
     code, out, err = command("data.py", "eurosat", "--root", eurosat)
     assert code == 2 and out == "" and err.count("\n") == 1
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        tasks.open_task(data.open_dataset("eurosat", eurosat))
+        data.open_task(data.open_dataset("eurosat", eurosat))
 
 
 def test_an_unreadable_image_is_named(eurosat):
     (eurosat / "eurosat" / "2750" / "Forest" / "Forest_1.jpg").write_bytes(b"not a JPEG")
-    read = loaders.FolderReader(eurosat / "eurosat" / "2750")
+    read = images.FolderReader(eurosat / "eurosat" / "2750")
     for path in ("Forest/Forest_1.jpg", "Forest/Forest_99.jpg"):
-        with pytest.raises(loaders.UnreadableImage, match=path):
+        with pytest.raises(images.UnreadableImage, match=path):
             read(path)
-        loader = loaders.training_loader(loaders.Images([path] * 2, read, loaders.test_transform(32)),
-                                      loaders.ShuffledBatches(2, 2, 1), 1, 1, workers=1)
-        with pytest.raises(loaders.UnreadableImage) as error:
+        dataset = images.Images([path] * 2, read, images.test_transform(32))
+        loader = images.training_loader(dataset, images.ShuffledBatches(2, 2, 1), 1, 1, workers=1)
+        with pytest.raises(images.UnreadableImage) as error:
             next(iter(loader))
         assert path in str(error.value) and "\n" not in str(error.value)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mao import alterable_cross_entropy, base_step, candidates, full_step, new_step
+from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler, minilm, paper_batch
 
@@ -41,10 +41,10 @@ def test_alterable_cross_entropy_by_hand():
     assert alterable_cross_entropy(f, g, torch.tensor([0]), 2.0).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_base_step_sees_the_candidates_only():
+def test_base_loss_sees_the_candidates_only():
     learner = Plain([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
     images, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([2, 0])
-    loss = base_step(learner, images, labels)
+    loss = base_loss(learner, images, labels)
     # Over {0, 2}: similarities (1, 0.6) with 2 right, (0, 0.8) with 0 right.
     first = math.log(math.exp(2.0) + math.exp(1.2)) - 1.2
     second = math.log(math.exp(0.0) + math.exp(1.6)) - 0.0
@@ -55,12 +55,12 @@ def test_base_step_sees_the_candidates_only():
     assert learner.text.grad[[0, 2]].abs().sum() > 0
 
 
-def test_full_and_new_step_see_every_class():
+def test_full_and_new_loss_see_every_class():
     learner = Plain([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     images, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
     expected = math.log(math.exp(2.0) + math.exp(0.0) + math.exp(1.2)) - 1.2
-    for step in (full_step, new_step):
-        assert step(learner, images, labels).item() == pytest.approx(expected, abs=1e-6)
+    for loss in (backbone_loss, new_loss):
+        assert loss(learner, images, labels).item() == pytest.approx(expected, abs=1e-6)
     assert learner.asked == [None, None]
 
 
@@ -81,13 +81,14 @@ LINE = {"a": 0.0, "b_b": 0.1, "c": 0.3, "d": 1.0}  # angles: nearest of a are b,
 
 
 def on_a_line(names):
-    return torch.tensor([[math.cos(LINE[name.replace(" ", "_")]), math.sin(LINE[name.replace(" ", "_")])]
-                         for name in names])
+    return torch.tensor(
+        [[math.cos(LINE[name.replace(" ", "_")]), math.sin(LINE[name.replace(" ", "_")])] for name in names]
+    )
 
 
 def test_hard_negatives_are_the_nearest_names():
     sampler = HardNegativeSampler([0, 1, 2, 3], list(LINE), 1, 3, encoder=on_a_line)
-    assert sampler.neighbours.tolist() == [[0, 1, 2], [1, 0, 2], [2, 1, 0], [3, 2, 1]]
+    assert sampler.neighbors.tolist() == [[0, 1, 2], [1, 0, 2], [2, 1, 0], [3, 2, 1]]
     assert sorted(map(tuple, sampler)) == [(0, 1, 2), (1, 0, 2), (2, 1, 0), (3, 2, 1)]  # one image a class: no choice
 
 
@@ -97,9 +98,9 @@ def test_underscores_are_read_as_spaces():
     assert seen == ["sea or lake", "river"]
 
 
-def test_a_class_is_its_own_first_neighbour_even_beside_its_twin():
+def test_a_class_is_its_own_first_neighbor_even_beside_its_twin():
     sampler = HardNegativeSampler([0, 1, 2], ["x", "y", "z"], 1, 2, encoder=lambda names: torch.ones(3, 4))
-    assert sampler.neighbours[:, 0].tolist() == [0, 1, 2]
+    assert sampler.neighbors[:, 0].tolist() == [0, 1, 2]
 
 
 def test_batches_hold_b_times_k_images_and_every_anchor_once():
@@ -112,34 +113,44 @@ def test_batches_hold_b_times_k_images_and_every_anchor_once():
     assert len(epochs[0]) == len(sampler) == 16  # 16 * C_b / b steps
     for batch in epochs[0]:
         groups = np.array(batch).reshape(4, 3)
-        assert (labels[groups] == sampler.neighbours[labels[groups[:, 0]]]).all()
+        assert (labels[groups] == sampler.neighbors[labels[groups[:, 0]]]).all()
     assert sorted(batch[i] for batch in epochs[0] for i in (0, 3, 6, 9)) == list(range(64))
     assert epochs[0] == epochs[2] != epochs[1]
     assert list(sampler) == epochs[1]  # without set_epoch, a pass moves on by itself
     drawn = {i for batch in epochs[0] + epochs[1] for i in batch}
-    assert drawn == set(range(64))  # neighbours' images vary
+    assert drawn == set(range(64))  # neighbors' images vary
 
 
-@pytest.mark.parametrize("labels, names, b, k, message", [
-    ([0, 1], ["a", "c"], 1, 3, "top-k is 3, but there are 2 classes"),
-    ([0, 0], ["a", "c"], 1, 2, "the class 'c' has no image"),
-    ([0, 2], ["a", "c"], 1, 2, "labels must lie in 0..1"),
-    ([0, 1], ["a", "c"], 0, 2, "0 anchors a batch"),
-])
+@pytest.mark.parametrize(
+    "labels, names, b, k, message",
+    [
+        ([0, 1], ["a", "c"], 1, 3, "top-k is 3, but there are 2 classes"),
+        ([0, 0], ["a", "c"], 1, 2, "the class 'c' has no image"),
+        ([0, 2], ["a", "c"], 1, 2, "labels must lie in 0..1"),
+        ([0, 1], ["a", "c"], 0, 2, "0 anchors per batch"),
+    ],
+)
 def test_sampler_refuses(labels, names, b, k, message):
     with pytest.raises(ValueError, match=message):
         HardNegativeSampler(labels, names, b, k, encoder=on_a_line)
 
 
 def test_the_papers_batches():
-    assert [paper_batch(n) for n in (500, 32, 31, 16, 15, 5, 3)] == \
-        [(4, 8), (4, 8), (2, 8), (2, 8), (2, 7), (2, 2), (2, 2)]
+    assert [paper_batch(n) for n in (500, 32, 31, 16, 15, 5, 3)] == [
+        (4, 8),
+        (4, 8),
+        (2, 8),
+        (2, 8),
+        (2, 7),
+        (2, 2),
+        (2, 2),
+    ]
 
 
-def test_the_real_minilm_knows_colours_and_shapes():
+def test_the_real_minilm_knows_colors_and_shapes():
     names = ["red star", "blue circle", "blue ring", "purple circle", "green circle", "yellow triangle"]
     sampler = HardNegativeSampler(range(6), names, 1, 4, encoder=minilm)
-    assert [names[i] for i in sampler.neighbours[1]] == ["blue circle", "blue ring", "purple circle", "green circle"]
+    assert [names[i] for i in sampler.neighbors[1]] == ["blue circle", "blue ring", "purple circle", "green circle"]
 
 
 def test_foreign_minilm_weights_are_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""A reader's own backbone: the README's, and a plain PyTorch model beside copies of the three files."""
+"""A reader's own backbone: the one in docs/backbone.md, and a plain PyTorch model beside copies of the three files."""
 
 import pathlib
 import re
@@ -12,22 +12,22 @@ import run
 PROJECT = pathlib.Path(run.__file__).parent
 
 
-def test_the_readmes_backbone_runs(eurosat, tmp_path, capsys, monkeypatch):
-    block, = re.findall(r"```python\n(# vpt\.py.*?)```", (PROJECT / "README.md").read_text(), re.S)
+def test_the_backbone_in_the_docs_runs(eurosat, tmp_path, capsys, monkeypatch):
+    (block,) = re.findall(r"```python\n(# vpt\.py.*?)```", (PROJECT / "docs" / "backbone.md").read_text(), re.S)
     monkeypatch.setitem(backbones.BACKBONES, "vpt", None)  # taken out again after the test
-    monkeypatch.setattr(sys, "argv", [
-        "vpt.py", "--dataset", "eurosat", "--root", str(eurosat), "--clip", "demo", "--backbone", "vpt",
-        "--epochs", "4", "--shots", "4", "--workers", "0", "--out", str(tmp_path / "runs")])
+    data = f"--dataset eurosat --root {eurosat} --clip demo --backbone vpt"
+    size = f"--epochs 4 --shots 4 --workers 0 --out {tmp_path / 'runs'}"
+    monkeypatch.setattr(sys, "argv", ["vpt.py", *data.split(), *size.split()])
     exec(block, {"__name__": "__main__"})
     out = capsys.readouterr().out
     assert "VPT + MAO" in out and f"{4 * 128}" in out
     assert len(list((tmp_path / "runs").glob("eurosat-vpt-*"))) == 3
 
 
-PLAIN = '''
+PLAIN = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from mao import base_step, new_step
+from mao import base_loss, new_loss
 from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler
 
@@ -46,21 +46,21 @@ names = [f"class {i}" for i in range(6)]
 images, labels = torch.randn(24, 3, 2, 2), torch.arange(24) % 6
 batches = HardNegativeSampler(labels, names, batch_size=2, top_k=3, encoder=lambda names: torch.randn(6, 5))
 learner = Plain(6)
-optimiser = torch.optim.SGD(learner.parameters(), 0.5)
+optimizer = torch.optim.SGD(learner.parameters(), 0.5)
 losses = []
 for epoch in range(20):
     batches.set_epoch(epoch)
     for x, y in DataLoader(TensorDataset(images, labels), batch_sampler=batches):
         assert len(x) == 6
-        loss = base_step(learner, x, y)
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        loss = base_loss(learner, x, y)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
 assert sum(losses[-12:]) < 0.5 * sum(losses[:12])
 pseudo_labels, confidences = PseudoLabeler(learner)(images)
 assert pseudo_labels.shape == (24,) and (confidences <= 1).all()
-new_step(learner, images, pseudo_labels).backward()
+new_loss(learner, images, pseudo_labels).backward()
 print("all three work alone")
-'''
+"""
 
 
 def test_three_files_copied_alone_work_with_a_learner_that_is_not_ours(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pathlib
 
 import gdown
 import numpy as np
@@ -10,15 +11,15 @@ import pytest
 from PIL import Image
 
 import data
-import demo
-import download
 import evaluate
-import loaders
+import images
+import layouts
 import record
-import tasks
-from backbones import CoOp, ZeroShot, load_clip
+from backbones import CoOp
+from encoders import ZeroShot, load_clip
 
 SMALL = ["--clip", "demo", "--shots", 2, "--epochs", 4, "--workers", 0]
+SOURCE = {"dataset": "demo", "root": None, "protocol": "cross-dataset", "shots": 1, "seed": 1}  # run.py's settings
 
 
 def draw(path, seed=0, **options):
@@ -51,8 +52,8 @@ def test_a_folder_of_ones_own(own, command, tmp_path):
     link, runs = tmp_path / "link", tmp_path / "r"
     code, _, err = command("run.py", "--dataset", "folder", "--root", link, *SMALL, "--out", runs)
     assert code == 0, err
-    assert sorted(path.name for path in (tmp_path / "r").iterdir())[0] == \
-        "folder-coop-backbone-seed1-root-link-shots2-clip-demo-epochs4"
+    folders = sorted(path.name for path in runs.iterdir())
+    assert folders[0] == "folder-coop-backbone-seed1-root-link-shots2-clip-demo-epochs4"
 
 
 def test_train_and_test_folders(own, tmp_path):
@@ -69,13 +70,16 @@ def test_train_and_test_folders(own, tmp_path):
         data.open_dataset("folder", own / "x")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda own: own.rename(own.with_name("elsewhere")), "is not a folder"),
-    (lambda own: [path.rename(own.parent / path.name) for path in own.iterdir()], "holds no class folders"),
-    (lambda own: (own / "empty").mkdir(), "empty holds no images"),
-    (lambda own: own.joinpath("Red Door").rename(own / "blaue Tür" / "Red Door"), "2 classes are too few"),
-    (lambda own: [path.unlink() for path in list((own / "Red Door").iterdir())[1:]], "'Red Door' has no train"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda own: own.rename(own.with_name("elsewhere")), "is not a folder"),
+        (lambda own: [path.rename(own.parent / path.name) for path in own.iterdir()], "holds no class folders"),
+        (lambda own: (own / "empty").mkdir(), "empty holds no images"),
+        (lambda own: own.joinpath("Red Door").rename(own / "blaue Tür" / "Red Door"), "2 classes are too few"),
+        (lambda own: [path.unlink() for path in list((own / "Red Door").iterdir())[1:]], "'Red Door' has no train"),
+    ],
+)
 def test_a_bad_folder_is_one_sentence(own, command, damage, message):
     damage(own)
     code, out, err = command("run.py", "--dataset", "folder", "--root", own, "--clip", "demo", "--out", own / "runs")
@@ -91,23 +95,23 @@ def test_two_classes_of_one_name_are_warned_about(own, capsys):
 
 
 def test_a_class_with_fewer_images_than_shots_gives_all(own):
-    task = tasks.open_task(data.open_dataset("folder", own), shots=16)
+    task = data.open_task(data.open_dataset("folder", own), shots=16)
     assert len(task.base_train) == 10 and len(task.new_train) == 5
 
 
 def test_new_classes_without_labels(own, command, tmp_path):
-    """Phase 2 on images of a folder; New and H are unknown until there are labelled ones."""
+    """Phase 2 on images of a folder; New and H are unknown until there are labeled ones."""
     names = tmp_path / "names.txt"
     names.write_text("Fenster\n\nDach und First\n", encoding="utf-8")
     for number in range(5):
         draw(tmp_path / "new" / ("deep" if number % 2 else ".") / f"{number}.png", 100 + number)
-    ask = ["run.py", "--dataset", "folder", "--root", own, "--unlabeled", tmp_path / "new", "--new-classes", names,
-           *SMALL, "--out", tmp_path / "runs"]
+    ask = ["run.py", "--dataset", "folder", "--root", own, *SMALL, "--out", tmp_path / "runs"]
+    ask += ["--unlabeled", tmp_path / "new", "--new-classes", names]
     code, out, err = command(*ask)
     assert code == 0, err
     table = [line.split() for line in out.splitlines()[2:6]]
     assert table[0][:3] == ["Base", "New", "H"] and all(row[-6:-4] == ["-", "-"] for row in table[1:])
-    folder, = (tmp_path / "runs").glob("folder-coop-mao*")
+    (folder,) = (tmp_path / "runs").glob("folder-coop-mao*")
     assert result(folder)["new"] is None and result(folder)["h"] is None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["base"] * 2 + ["new"] * 2
@@ -116,63 +120,76 @@ def test_new_classes_without_labels(own, command, tmp_path):
     assert code == 0 and again.splitlines()[3].split() == out.splitlines()[5].split()  # the MAO row
 
     for name in ("Fenster", "Dach und First"):
-        draw(tmp_path / "labelled" / name / "1.png", 7)
-    code, _, err = command(*ask, "--new-test", tmp_path / "labelled")
+        draw(tmp_path / "labeled" / name / "1.png", 7)
+    code, _, err = command(*ask, "--new-test", tmp_path / "labeled")
     assert code == 0, err
-    folder, = (tmp_path / "runs").glob("folder-coop-mao*labelled*")
+    (folder,) = (tmp_path / "runs").glob("folder-coop-mao*new-test*")
     assert result(folder)["new"] == 50  # two equal images of two classes
 
     # Predictions by those prompts.
     photos = tmp_path / "new"
-    code, out, err = command("predict.py", photos, "--prompt", folder / "new.safetensors", "--classes", names,
-                             "--out", tmp_path / "found.csv")
+    options = ["--prompt", folder / "new.safetensors", "--classes", names]
+    code, out, err = command("predict.py", photos, *options, "--out", tmp_path / "found.csv")
     assert code == 0, err
     rows = list(csv.reader(io.StringIO((tmp_path / "found.csv").read_text())))
     assert rows[0] == ["path", "class", "confidence"] and len(rows) == 6
     assert {row[0] for row in rows[1:]} == {str(path) for path in photos.rglob("*.png")}
     assert {row[1] for row in rows[1:]} <= {"Fenster", "Dach und First"}
     assert all(0.5 <= float(row[2]) <= 1 for row in rows[1:])
-    code, out, _ = command("predict.py", photos / "0.png", "--prompt", folder / "new.safetensors", "--classes", names,
-                           "--out", tmp_path / "one.csv")
+    code, out, _ = command("predict.py", photos / "0.png", *options, "--out", tmp_path / "one.csv")
     shares = [float(line.split("%")[0]) for line in out.splitlines()[:2]]
     assert code == 0 and shares[0] >= shares[1] and sum(shares) == pytest.approx(100, abs=0.02)
     assert out.splitlines()[0].split("%")[1].strip() in (tmp_path / "one.csv").read_text()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"--new-classes": None}, "go together"), ({"--unlabeled": None}, "go together"),
-    ({"--unlabeled": "nowhere"}, "nowhere is not a folder"), ({"--unlabeled": "empty"}, "empty holds no images"),
-    ({"--new-classes": "nowhere"}, "cannot read class names in nowhere"),
-    ({"--new-classes": "twice.txt"}, "names 'a' twice"), ({"--new-classes": "empty.txt"}, "empty.txt is empty"),
-    ({"--protocol": "few-shot"}, "it has no new phase"), ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
-    ({"--root": None}, "needs --root"),
-    ({"--new-test": "own"}, "that names.txt does not name"), ({"--new-test": "nowhere"}, "nowhere is not a folder"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--new-classes": None}, "go together"),
+        ({"--unlabeled": None}, "go together"),
+        ({"--unlabeled": "nowhere"}, "nowhere is not a folder"),
+        ({"--unlabeled": "empty"}, "empty holds no images"),
+        ({"--new-classes": "nowhere"}, "cannot read class names in nowhere"),
+        ({"--new-classes": "twice.txt"}, "names 'a' twice"),
+        ({"--new-classes": "empty.txt"}, "empty.txt is empty"),
+        ({"--protocol": "few-shot"}, "it has no new phase"),
+        ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
+        ({"--root": None}, "needs --root"),
+        ({"--new-test": "own"}, "that names.txt does not name"),
+        ({"--new-test": "nowhere"}, "nowhere is not a folder"),
+    ],
+)
 def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "new" / "1.png")
     (tmp_path / "empty").mkdir()
     for name, content in (("names.txt", "a\nb\n"), ("twice.txt", "a\nb\na\n"), ("empty.txt", "\n")):
         (tmp_path / name).write_text(content)
-    options = {"--dataset": "folder", "--root": "own", "--unlabeled": "new", "--new-classes": "names.txt",
-               "--clip": "demo", **change}
+    options = {"--dataset": "folder", "--root": "own", "--unlabeled": "new", "--new-classes": "names.txt"}
+    options = {**options, "--clip": "demo", **change}
     code, _, err = command("run.py", *[word for pair in options.items() if pair[1] for word in pair])
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"--prompt": "nowhere"}, "nowhere is missing"), ({"--prompt": "names.txt"}, "is not a file of prompts"),
-    ({"--classes": "nowhere"}, "cannot read class names"), ({"--clip": "names.txt"}, "is not a CLIP checkpoint"),
-    ({"image": "nowhere"}, "there is no image or folder nowhere"),
-    ({"image": "broken.png"}, "cannot read the image broken.png"),
-    ({"--out": "nowhere/x.csv"}, "must be a file in a folder that is there"), ({"--prompt": "run"}, "run is a folder"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--prompt": "nowhere"}, "nowhere is missing"),
+        ({"--prompt": "names.txt"}, "is not a file of prompts"),
+        ({"--classes": "nowhere"}, "cannot read class names"),
+        ({"--clip": "names.txt"}, "is not a CLIP checkpoint"),
+        ({"image": "nowhere"}, "there is no image or folder nowhere"),
+        ({"image": "broken.png"}, "cannot read the image broken.png"),
+        ({"--out": "nowhere/x.csv"}, "must be a file in a folder that is there"),
+        ({"--prompt": "run"}, "run is a folder"),
+    ],
+)
 def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "1.png")
     (tmp_path / "broken.png").write_bytes(b"no PNG")
     (tmp_path / "names.txt").write_text("a\nb\n")
-    clip_model, sha256 = load_clip(demo.WEIGHTS)
+    clip_model, sha256 = load_clip("demo")
     config = {"dataset": "demo", "backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": sha256}
     record.Record(tmp_path / "run", config).prompts("new", CoOp(clip_model, ["a"]))
     options = {"--prompt": "run/new.safetensors", "--classes": "names.txt", "--out": "x.csv", **change}
@@ -187,34 +204,36 @@ def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change
 
 def test_cross_dataset(command, tmp_path):
     """Table 2: the source, the targets and their average; five epochs at MAO's rate, the base phase alone."""
-    code, out, err = command("run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gold",
-                             "demo-plain", "--shots", 1, "--out", tmp_path)
+    ask = ["run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--shots", 1]
+    code, out, err = command(*ask, "--targets", "demo-gold", "demo-plain", "--out", tmp_path)
     assert code == 0, err
     table = [line.split("  ") for line in out.splitlines()[2:]]
     assert out.splitlines()[2].split()[:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"] and len(table) == 5
     for folder in tmp_path.iterdir():
         found, config = result(folder), json.loads((folder / "config.json").read_text())
         assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2
-        lines = (folder / "metrics.jsonl").read_text().splitlines() if config["method"] != "zeroshot" else []
-        assert [json.loads(line)["phase"] for line in lines] == ["base"] * 5 * (config["method"] != "zeroshot")
-        assert config["base_lr"] == (None if config["method"] == "zeroshot" else 0.0035) and config["new_lr"] is None
-    mao, = tmp_path.glob("demo-ice-coop-mao-seed1-*")
+        assert config["new_lr"] is None
+        if config["method"] == "zeroshot":
+            assert config["base_lr"] is None and not (folder / "metrics.jsonl").exists()
+        else:
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            assert config["base_lr"] == 0.0035 and [json.loads(line)["phase"] for line in lines] == ["base"] * 5
+    (mao,) = tmp_path.glob("demo-ice-coop-mao-seed1-*")
     assert mao.name == "demo-ice-coop-mao-seed1-protocol-cross-dataset-targets-demo-gold-demo-plain-shots1"
     before = result(mao)
     code, again, _ = command("run.py", "--eval", mao)
     assert code == 0 and again.splitlines()[3].split() == out.splitlines()[5].split() and result(mao) == before
-    task = tasks.task_of({"dataset": "demo", "root": None, "protocol": "cross-dataset", "targets": ["all"], "shots": 1,
-                          "seed": 1})
+    task = data.task_of({**SOURCE, "targets": ["all"]})
     assert len(task.tests) == 11 and len(task.base_names) == 100 and "demo-sepia" not in task.tests
 
 
 def test_few_shot(eurosat, command, tmp_path):
     """All classes, train and test: one accuracy, MAO by its base phase."""
-    code, out, err = command("run.py", "--dataset", "eurosat", "--root", eurosat, "--protocol", "few-shot", *SMALL,
-                             "--out", tmp_path / "runs")
+    ask = ["run.py", "--dataset", "eurosat", "--root", eurosat, "--protocol", "few-shot", *SMALL]
+    code, out, err = command(*ask, "--out", tmp_path / "runs")
     assert code == 0, err
     assert out.splitlines()[2].split() == ["Accuracy", "learnable", "seconds", "peak", "memory"] and "single" not in out
-    mao, = (tmp_path / "runs").glob("eurosat-coop-mao*")
+    (mao,) = (tmp_path / "runs").glob("eurosat-coop-mao*")
     assert not (mao / "new.safetensors").exists()
     lines = [json.loads(line) for line in (mao / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["base"] * 2
@@ -222,43 +241,47 @@ def test_few_shot(eurosat, command, tmp_path):
 
 
 def test_zero_shot_takes_each_datasets_words(eurosat, monkeypatch):
-    """"a centered satellite photo of {}." for EuroSAT, in every protocol; the score is that of those words."""
-    clip_model, _ = load_clip(demo.WEIGHTS)
-    task = tasks.task_of({"dataset": "demo-ice", "root": eurosat, "protocol": "cross-dataset", "targets": ["eurosat"],
-                          "shots": 1, "seed": 1})
+    """EuroSAT's are "a centered satellite photo of {}.", in every protocol; the score is that of those words."""
+    clip_model, _ = load_clip("demo")
+    settings = {"dataset": "demo-ice", "root": eurosat, "protocol": "cross-dataset", "targets": ["eurosat"]}
+    task = data.task_of({**settings, "shots": 1, "seed": 1})
     task.tests.pop("demo-ice")
-    words = []
-    monkeypatch.setattr(ZeroShot, "set_classes", lambda self, names, template=None: words.append(template))
+    words, set_classes = [], ZeroShot.set_classes
+
+    def noted(self, names, template=None):
+        set_classes(self, names, template)
+        words.append(self.template)
+
+    monkeypatch.setattr(ZeroShot, "set_classes", noted)
     foundation = ZeroShot(clip_model, task.base_names)
     monkeypatch.setattr(evaluate, "accuracy", lambda *arguments: 0.0)
-    evaluate.score(foundation, None, task, lambda learner: {"eurosat": None}, "cpu")
+    evaluate.score(foundation, None, task, evaluate.Tests(task, foundation, "cpu"))
     assert words == ["a photo of a {}.", "a centered satellite photo of {}."]
 
 
 def test_an_unknown_target_is_one_sentence(command, tmp_path):
-    code, _, err = command("run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gould",
-                           "--out", tmp_path / "runs")
+    ask = ["run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gould"]
+    code, _, err = command(*ask, "--out", tmp_path / "runs")
     assert code == 2 and "there is no dataset 'demo-gould': did you mean demo-gold" in err and err.count("\n") == 1
     with pytest.raises(ValueError, match="--targets demo-sepia is the source itself"):
-        tasks.task_of({"dataset": "demo", "root": None, "protocol": "cross-dataset", "targets": ["demo-sepia"],
-                       "shots": 1, "seed": 1})
+        data.task_of({**SOURCE, "targets": ["demo-sepia"]})
 
 
 # Images and downloads -------------------------------------------------------------------------------------------------
 
 
-def test_a_palette_png_a_grey_one_and_one_that_ends_early(tmp_path):
-    read = loaders.FolderReader(tmp_path)
-    draw(tmp_path / "colour.png")
-    colour = Image.open(tmp_path / "colour.png")
-    colour.quantize(16).save(tmp_path / "palette.png", transparency=3)
-    colour.convert("L").save(tmp_path / "grey.png")
-    for name in ("palette.png", "grey.png"):
-        assert loaders.test_transform(32)(read(name)).shape == (3, 32, 32)
+def test_a_palette_png_a_gray_one_and_one_that_ends_early(tmp_path):
+    read = images.FolderReader(tmp_path)
+    draw(tmp_path / "color.png")
+    color = Image.open(tmp_path / "color.png")
+    color.quantize(16).save(tmp_path / "palette.png", transparency=3)
+    color.convert("L").save(tmp_path / "gray.png")
+    for name in ("palette.png", "gray.png"):
+        assert images.test_transform(32)(read(name)).shape == (3, 32, 32)
     draw(tmp_path / "short.jpg")
     content = (tmp_path / "short.jpg").read_bytes()
     (tmp_path / "short.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(loaders.UnreadableImage, match="short.jpg .*truncated"):
+    with pytest.raises(images.UnreadableImage, match="short.jpg .*truncated"):
         read("short.jpg")
 
 
@@ -271,7 +294,7 @@ def test_a_split_that_names_a_missing_file_is_found_before_the_work(eurosat, com
     assert code == 2 and str(missing) in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
     draw(missing)
     new = [path for path, _, _ in data.few_shot(split, 2, 1)["train"]][-1]
-    (eurosat / "eurosat" / "2750" / new).write_text("no picture")
+    (eurosat / "eurosat" / "2750" / new).write_text("no image")
     code, _, err = command(*run)
     assert code == 2 and new in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
@@ -279,6 +302,7 @@ def test_a_split_that_names_a_missing_file_is_found_before_the_work(eurosat, com
 @pytest.mark.parametrize("name", ["dtd", "ucf101", "stanford_cars"])
 def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, command):
     """What cannot be had says what to get, from where, into which folder."""
+
     class Broken:
         def __init__(self, root, download):
             draw(tmp_path / "data" / f".{name}.part" / "dtd" / "dtd" / "images" / "banded" / "1.jpg")
@@ -287,7 +311,7 @@ def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, 
     def broken(id, output):
         raise ConnectionResetError("the line is dead")
 
-    monkeypatch.setattr(download.datasets, "DTD", Broken)
+    monkeypatch.setattr(layouts.datasets, "DTD", Broken)
     monkeypatch.setattr(gdown, "download", broken)
     code, _, err = command("data.py", name, "--root", tmp_path / "data", "--download")
     assert code == 2 and err.count("\n") == 1 and f"into {tmp_path / 'data' / name}" in err and "http" in err
@@ -296,20 +320,24 @@ def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, 
 
 def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
     """DTD by torchvision, its split file from Google Drive; where that fails, CoOp's rule and a line that says so."""
+
     class Whole:
         def __init__(self, root, download):
             for kind in ("banded", "dotted", "woven"):
                 for number in range(10):
-                    draw(data.pathlib.Path(root) / "dtd" / "dtd" / "images" / kind / f"{kind}_{number}.jpg")
+                    draw(pathlib.Path(root) / "dtd" / "dtd" / "images" / kind / f"{kind}_{number}.jpg")
 
     def drive(id, output):
         if refused:
             raise gdown.exceptions.FileURLRetrievalError("Too many users\nhave viewed it")
-        items = [[f"{kind}/{kind}_{number}.jpg", label, kind]
-                 for label, kind in enumerate(("banded", "dotted", "woven")) for number in range(10)]
-        data.pathlib.Path(output).write_text(json.dumps({"train": items, "val": [], "test": items[::5]}))
+        items = [
+            [f"{kind}/{kind}_{number}.jpg", label, kind]
+            for label, kind in enumerate(("banded", "dotted", "woven"))
+            for number in range(10)
+        ]
+        pathlib.Path(output).write_text(json.dumps({"train": items, "val": [], "test": items[::5]}))
 
-    monkeypatch.setattr(download.datasets, "DTD", Whole)
+    monkeypatch.setattr(layouts.datasets, "DTD", Whole)
     monkeypatch.setattr(gdown, "download", drive)
     refused = True
     source = data.open_dataset("dtd", tmp_path, download=True)
@@ -320,4 +348,7 @@ def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
     assert len(source.split["train"]) == 30 and capsys.readouterr().err == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dtd"]
     assert sorted(path.name for path in (tmp_path / "dtd").iterdir()) == [
-        "images", "split_seed1_DescribableTextures.json", "split_zhou_DescribableTextures.json"]
+        "images",
+        "split_seed1_DescribableTextures.json",
+        "split_zhou_DescribableTextures.json",
+    ]

@@ -14,12 +14,11 @@ import safetensors
 import safetensors.torch
 
 import data
-import demo
 import evaluate
-import loaders
+import images as images_module
 import run
-import tasks
-from backbones import BACKBONES, load_clip
+from backbones import BACKBONES
+from encoders import load_clip
 
 ROWS = ("zeroshot", "backbone", "mao")
 
@@ -27,16 +26,33 @@ ROWS = ("zeroshot", "backbone", "mao")
 @pytest.fixture
 def tune(eurosat, command, tmp_path):
     """tune(...) runs a small job on the small EuroSAT with the demo's CLIP: (code, stdout, stderr, folder of runs)."""
+
     def small(*arguments, out="runs"):
         code, stdout, stderr = command(
-            "run.py", "--dataset", "eurosat", "--root", eurosat, "--clip", "demo", "--shots", 4, "--epochs", 4,
-            "--workers", 0, "--out", tmp_path / out, *arguments)
+            "run.py",
+            "--dataset",
+            "eurosat",
+            "--root",
+            eurosat,
+            "--clip",
+            "demo",
+            "--shots",
+            4,
+            "--epochs",
+            4,
+            "--workers",
+            0,
+            "--out",
+            tmp_path / out,
+            *arguments,
+        )
         return code, stdout, stderr, tmp_path / out
+
     return small
 
 
 def only(folder, method):
-    found, = folder.glob(f"eurosat-coop-{method}-seed1*")
+    (found,) = folder.glob(f"eurosat-coop-{method}-seed1*")
     return found
 
 
@@ -85,8 +101,9 @@ def test_the_embedded_default(command, tmp_path):
 
 @pytest.mark.parametrize("backbone", ["maple", "promptsrc"])
 def test_backbones_that_prompt_the_image_side(tune, command, backbone):
-    code, out, err, runs = tune("--backbone", backbone, "--method", "backbone", "mao", "--depth", 2,
-                                "--pseudo-labeler", "tuned")
+    code, out, err, runs = tune(
+        "--backbone", backbone, "--method", "backbone", "mao", "--depth", 2, "--pseudo-labeler", "tuned"
+    )
     assert code == 0, err
     folders = [next(runs.glob(f"eurosat-{backbone}-{method}-*")) for method in ("backbone", "mao")]
     settings = json.loads((folders[1] / "config.json").read_text())["settings"]
@@ -102,16 +119,31 @@ def test_half_precision_follows_float32(command, tmp_path, backbone, precision):
     """Two epochs on the demo, the second at the full learning rate: losses within 1%, the prompts' way within 10%."""
     found = []
     for kind in ("fp32", precision):
-        code, _, err = command("run.py", "--backbone", backbone, "--method", "backbone", "--shots", 2, "--epochs", 2,
-                               "--precision", kind, "--workers", 0, "--out", tmp_path / kind)
+        code, _, err = command(
+            "run.py",
+            "--backbone",
+            backbone,
+            "--method",
+            "backbone",
+            "--shots",
+            2,
+            "--epochs",
+            2,
+            "--precision",
+            kind,
+            "--workers",
+            0,
+            "--out",
+            tmp_path / kind,
+        )
         assert code == 0, err
-        folder, = (tmp_path / kind).iterdir()
+        (folder,) = (tmp_path / kind).iterdir()
         prompts = safetensors.torch.load_file(folder / "base.safetensors")
         found.append(([line["loss"] for line in lines(folder)], prompts))
     (losses, prompts), (half_losses, half_prompts) = found
     assert half_losses == pytest.approx(losses, rel=0.01) and half_losses != losses
     run.torch.manual_seed(1)
-    start = BACKBONES[backbone](load_clip(demo.WEIGHTS)[0], ["a"]).ctx
+    start = BACKBONES[backbone](load_clip("demo")[0], ["a"]).ctx
     way, half_way = prompts["ctx"] - start, half_prompts["ctx"] - start
     assert half_prompts["ctx"].dtype == run.torch.float32 and (half_way - way).norm() < 0.1 * way.norm()
 
@@ -123,14 +155,14 @@ def test_the_same_bits_whatever_the_workers(tune):
         files.append([(only(runs, "mao") / name).read_bytes() for name in ("base.safetensors", "new.safetensors")])
     assert files[0] == files[1]
     *_, runs = tune("--method", "mao", "--seed", 2, out="runs-seed2")
-    seed2, = runs.iterdir()
+    (seed2,) = runs.iterdir()
     assert (seed2 / "base.safetensors").read_bytes() != files[0][0]
 
 
 def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatch):
     """With other answers and other test images, the same prompts; the scores are what changes."""
     *_, runs = tune("--method", "mao", "backbone")
-    open_task = tasks.open_task
+    open_task = data.open_task
 
     def tampered(*arguments, **options):
         task = open_task(*arguments, **options)
@@ -140,7 +172,7 @@ def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatc
             task.tests[half] = task.tests[half]._replace(items=tampered_items)
         return task
 
-    monkeypatch.setattr(tasks, "open_task", tampered)
+    monkeypatch.setattr(data, "open_task", tampered)
     *_, other = tune("--method", "mao", "backbone", out="tampered")
     for method, names in (("mao", ["base.safetensors", "new.safetensors"]), ("backbone", ["base.safetensors"])):
         for name in names:
@@ -148,13 +180,16 @@ def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatc
     assert [line["loss"] for line in lines(only(runs, "mao"))] == [line["loss"] for line in lines(only(other, "mao"))]
 
 
-@pytest.mark.parametrize("switch, phases, candidates", [
-    ("--no-new", ["base"] * 2, {"base": (2, 4)}),
-    ("--no-base", ["base"] * 4 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
-    ("--no-reg-base", ["base"] * 2 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
-    ("--no-reg-new", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (10, 10)}),
-    ("--pseudo-labeler tuned", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (5, 5)}),
-])
+@pytest.mark.parametrize(
+    "switch, phases, candidates",
+    [
+        ("--no-new", ["base"] * 2, {"base": (2, 4)}),
+        ("--no-base", ["base"] * 4 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
+        ("--no-reg-base", ["base"] * 2 + ["new"] * 2, {"base": (5, 5), "new": (5, 5)}),
+        ("--no-reg-new", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (10, 10)}),
+        ("--pseudo-labeler tuned", ["base"] * 2 + ["new"] * 2, {"base": (2, 4), "new": (5, 5)}),
+    ],
+)
 def test_ablations(tune, switch, phases, candidates):
     code, _, err, runs = tune("--method", "mao", *switch.split())
     assert code == 0, err
@@ -175,11 +210,11 @@ def test_cached_views(tune):
 
 
 def test_cached_views_are_the_augmented_images():
-    task = tasks.open_task(data.open_dataset("demo-ice"), shots=1)
-    images = loaders.Images(task.new_train, task.read, loaders.train_transform(32, (0.3, 1)))
-    cached = loaders.CachedViews(images, 4, lambda pictures: pictures.flatten(1) / 255, seed=1, phase=2)
+    task = data.open_task(data.open_dataset("demo-ice"), shots=1)
+    images = images_module.Images(task.new_train, task.read, images_module.train_transform(32, (0.3, 1)))
+    cached = images_module.CachedViews(images, 4, lambda images: images.flatten(1) / 255, seed=1, phase=2)
     features, index = cached[7, 13]
-    again, _ = images[7, loaders.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
+    again, _ = images[7, images_module.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
     assert index == 7 and (features.float() - again.flatten() / 255).abs().max() < 1e-3
     assert len({bytes(cached[7, view][0].numpy().tobytes()) for view in range(4)}) == 4
 
@@ -189,22 +224,25 @@ def test_the_learning_rate_by_hand():
     assert rates == pytest.approx([1e-5, 0.1, 0.05 * (1 + 0.5**0.5), 0.05])
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--dataset", "eurosatt"], "there is no dataset 'eurosatt': did you mean eurosat"),
-    (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop', 'maple', 'promptsrc'"),
-    (["--top-k", "6"], "top-k is 6, but there are 5 classes"),
-    (["--shots", "0"], "0 is not a whole number of 1 or more"),
-    (["--epochs", "1"], "1 is not a whole number of 2 or more"),
-    (["--device", "tpu"], "invalid choice: 'tpu'"),
-    (["--seed", "9" * 30], "is not a whole number of 0 or more"),
-    (["--shots", "1.5"], "1.5 is not a whole number of 1 or more"),
-    (["--clip", "nowhere.pt"], "there is no CLIP 'nowhere.pt'"),
-    (["--clip", __file__], "is not a CLIP checkpoint"),
-    (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
-    (["--depth", "2"], "--depth is no setting of coop"),
-    (["--backbone", "maple", "--depth", "5"], "a prompt depth of 5 does not fit"),
-    (["--eval", "nowhere"], "config.json is missing"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "eurosatt"], "there is no dataset 'eurosatt': did you mean eurosat"),
+        (["--backbone", "coup"], "invalid choice: 'coup' (choose from 'coop', 'maple', 'promptsrc'"),
+        (["--top-k", "6"], "top-k is 6, but there are 5 classes"),
+        (["--shots", "0"], "0 is not a whole number of 1 or more"),
+        (["--epochs", "1"], "1 is not a whole number of 2 or more"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--seed", "9" * 30], "is not a whole number of 0 or more"),
+        (["--shots", "1.5"], "1.5 is not a whole number of 1 or more"),
+        (["--clip", "nowhere.pt"], "there is no CLIP 'nowhere.pt'"),
+        (["--clip", __file__], "is not a CLIP checkpoint"),
+        (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
+        (["--depth", "2"], "--depth is no setting of coop"),
+        (["--backbone", "maple", "--depth", "5"], "a prompt depth of 5 does not fit"),
+        (["--eval", "nowhere"], "config.json is missing"),
+    ],
+)
 def test_bad_input_is_one_sentence(tune, arguments, message):
     code, out, err, runs = tune("--method", "mao", *arguments)
     last = err.replace("\r", "\n").splitlines()[-1]
@@ -278,9 +316,12 @@ def test_prompts_of_another_clip_or_backbone(tune, command):
     code, _, err = command("run.py", "--eval", prompts.parent)
     assert code == 2 and "is not a file of prompts" in err
     prompts.write_bytes(good)
-    for content, message in ((text[:40], "config.json is broken"), ("{}", "config.json is broken"),
-                             (text.replace('"n_ctx": 4', '"n_ctx": 8'), "do not fit the settings"),
-                             (text.replace('"coop"', '"vpt"'), "is of a backbone 'vpt'")):
+    for content, message in (
+        (text[:40], "config.json is broken"),
+        ("{}", "config.json is broken"),
+        (text.replace('"n_ctx": 4', '"n_ctx": 8'), "do not fit the settings"),
+        (text.replace('"coop"', '"vpt"'), "is of a backbone 'vpt'"),
+    ):
         config.write_text(content)
         code, _, err = command("run.py", "--eval", prompts.parent)
         assert code == 2 and message in err and "Traceback" not in err
@@ -293,17 +334,17 @@ def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eur
     *_, runs = tune("--method", "mao")
     folder = only(runs, "mao")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    read, broken = loaders.FolderReader.__call__, loaders.UnreadableImage("cannot read the image")
+    read, broken = images_module.FolderReader.__call__, images_module.UnreadableImage("cannot read the image")
 
     def fail(*arguments, decode=True):
         if decode:
             raise broken
 
-    monkeypatch.setattr(loaders.FolderReader, "__call__", fail)
+    monkeypatch.setattr(images_module.FolderReader, "__call__", fail)
     assert tune("--method", "mao")[0] == 2
     previous = folder.with_name(folder.name + ".previous")
     assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
-    monkeypatch.setattr(loaders.FolderReader, "__call__", read)
+    monkeypatch.setattr(images_module.FolderReader, "__call__", read)
     assert tune("--method", "mao")[0] == 0 and not previous.exists()
     moved = eurosat.rename(eurosat.with_name("moved"))
     assert command("run.py", "--eval", folder, "--root", moved)[0] == 0
@@ -313,8 +354,12 @@ def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eur
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
-    process = subprocess.Popen([sys.executable, "run.py", "--method", "backbone", "--out", str(tmp_path)],
-                               cwd=pathlib.Path(run.__file__).parent, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--method", "backbone", "--out", str(tmp_path)],
+        cwd=pathlib.Path(run.__file__).parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 120
     while not list(tmp_path.rglob("metrics.jsonl")) and time.time() < deadline:
         time.sleep(0.2)
@@ -322,5 +367,5 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("result.json"))
-    folder, = tmp_path.iterdir()
+    (folder,) = tmp_path.iterdir()
     assert lines(folder) and safetensors.torch.load_file(folder / "base.safetensors")

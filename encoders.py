@@ -1,0 +1,270 @@
+"""The frozen CLIP of section 3.1: the text encoder g and the image encoder f, run with prompts put in.
+
+The model is the `clip` package's own, with its own weights. Each encoder stands here twice. The plain form runs every
+position through clip's own modules, as the authors' releases do. The fast form below it computes the same numbers with
+less work; tests/test_encoders.py ties the two together, values and gradients, in float64.
+"""
+
+import hashlib
+import pathlib
+import warnings
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns that it is deprecated
+    import clip
+    import clip.model
+
+DEMO_WEIGHTS = pathlib.Path(__file__).parent / "assets" / "demo-clip.pt"
+
+
+# The text encoder g ---------------------------------------------------------------------------------------------------
+
+
+def encode_text(clip_model, prompts, ends, deep=()):
+    """g, plain: all positions of every prompt, through clip's own transformer (section 3.1).
+
+    prompts: embedded prompts P_t, padded to CLIP's 77 positions [H, 77, w]. ends: int64 [H], the positions of their
+    end-of-text tokens, whose outputs are the features. deep: contexts [L, w]; deep[i] replaces positions 1..L before
+    layer i + 1. Returns [H, d], not normalized.
+    """
+    x = (prompts + clip_model.positional_embedding).transpose(0, 1)  # [77, H, w], as clip's modules want it
+    for layer, block in enumerate(clip_model.transformer.resblocks):
+        if 0 < layer <= len(deep):
+            context = deep[layer - 1]  # [L, w]
+            x = torch.cat([x[:1], context[:, None].expand(-1, x.shape[1], -1), x[1 + len(context) :]])
+        x = block(x)
+    x = clip_model.ln_final(x.transpose(0, 1))  # [H, 77, w]
+    return x[torch.arange(len(x)), ends] @ clip_model.text_projection  # [H, d]
+
+
+def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
+    """The same features of prompts that share their first P tokens.
+
+    prefix: [P, w], the shared tokens: start token and context. suffix: [H, S, w], what follows in each prompt. ends:
+    int64 [H], the end-of-text tokens' positions in the suffix. deep: as in `encode_text`. Returns [H, d].
+
+    Attention is causal, so a token depends on earlier ones only, and three savings are exact. The prefix runs once
+    instead of H times. Tokens after a prompt's end are left out; the N kept suffix tokens are packed one after the
+    other. The last layer runs for the end tokens alone.
+    """
+    (P, _), (H, S, _) = prefix.shape, suffix.shape
+    position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
+    real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S], whether a suffix token is kept
+    kept = real.nonzero()[:, 0].to(device)  # [N], which are
+    rows = (P - 1 + real.cumsum(0)).to(device)  # [H*S], the row of each in x; one after an end has that end's row
+    mask = torch.ones(S, P + S, dtype=torch.bool, device=device).tril(P)  # a token sees the prefix and its past
+    x = torch.cat([prefix + position[:P], (suffix + position[P : P + S]).flatten(0, 1)[kept]])  # [P + N, w]
+
+    def unpacked(k):  # [heads, P + N, .] -> [heads, H, S, .]
+        return k.index_select(1, rows).unflatten(1, (H, S))
+
+    def with_prefix(
+        k,
+    ):  # each prompt's keys or values behind the shared ones: [heads, P + N, .] -> [heads, H, P + S, .]
+        return torch.cat([k[:, None, :P].expand(-1, H, -1, -1), unpacked(k)], dim=2)
+
+    layers = clip_model.transformer.resblocks
+    for layer, block in enumerate(layers):
+        if 0 < layer <= len(deep):
+            x = torch.cat([x[:1], deep[layer - 1], x[1 + len(deep[layer - 1]) :]])
+        q, k, v = project(block, x)  # [heads, P + N, w/heads]
+        if block is layers[-1]:
+            break
+        p = F.scaled_dot_product_attention(q[None, :, :P], k[None, :, :P], v[None, :, :P], is_causal=True)[0]
+        s = F.scaled_dot_product_attention(unpacked(q), with_prefix(k), with_prefix(v), mask)
+        x = finish(block, x, torch.cat([p, s.flatten(1, 2).index_select(1, kept)], dim=1))
+    end_rows = rows[S - 1 :: S]  # [H]
+    q = q.index_select(1, end_rows).unsqueeze(2)  # [heads, H, 1, w/heads]
+    s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])
+    x = finish(block, x[end_rows], s.squeeze(2))  # [H, w]
+    return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
+
+
+# The image encoder f --------------------------------------------------------------------------------------------------
+
+
+def encode_images(clip_model, images, context=None, deep=()):
+    """f, plain: a ViT's layers by clip's own modules; a ResNet runs as clip has it (section 3.1).
+
+    images: [B, 3, h, w]. context: the visual prompt P_v [L, w]. deep: contexts [L, w]; deep[i] replaces it before
+    layer i + 1. Returns [B, d], not normalized.
+
+    The paper calls P_v a prefix of the patch tokens. The authors' backbones put it after them, and so does this. It
+    makes no difference: position embeddings are added before, and attention here does not see the order of tokens.
+    """
+    visual = clip_model.visual
+    if not hasattr(visual, "transformer"):
+        return visual(images)
+    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+    if context is not None:
+        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
+    x = visual.ln_pre(x).transpose(0, 1)  # [T, B, w], T = 1 + patches + L
+    for layer, block in enumerate(visual.transformer.resblocks):
+        if 0 < layer <= len(deep):
+            x = torch.cat([x[: -len(context)], deep[layer - 1][:, None].expand(-1, x.shape[1], -1)])
+        x = block(x)
+    return visual.ln_post(x[0]) @ visual.proj  # the class token's output [B, d]
+
+
+def encode_images_fast(clip_model, images, context=None, deep=()):
+    """The same features: arguments, errors and result as `encode_images`.
+
+    Batch-first tensors and fused attention, and the last layer runs for the class token alone.
+    """
+    visual = clip_model.visual
+    if not hasattr(visual, "transformer"):
+        return visual(images)
+    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+    if context is not None:
+        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
+    x = layer_norm(visual.ln_pre, x)  # [B, T, w], T = 1 + patches + L
+    layers = visual.transformer.resblocks
+    for layer, block in enumerate(layers):
+        if 0 < layer <= len(deep):
+            x = torch.cat([x[:, : -len(context)], deep[layer - 1].expand(len(x), -1, -1)], dim=1)
+        q, k, v = project(block, x)  # [B, heads, T, w/heads]
+        if block is layers[-1]:
+            break
+        x = finish(block, x, F.scaled_dot_product_attention(q, k, v))
+    x = finish(block, x[:, :1], F.scaled_dot_product_attention(q[:, :, :1], k, v))  # [B, 1, w]
+    return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
+
+
+# The two halves of a transformer block, for the fast forms.
+
+
+def project(block, x):
+    """Queries, keys and values of a transformer block: x [..., T, w] -> three of [..., heads, T, w/heads]."""
+    qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
+
+
+def finish(block, x, attended):
+    """The rest of a block: x [..., T, w] and what its tokens attended to [..., heads, T, w/heads] -> [..., T, w]."""
+    x = x + block.attn.out_proj(attended.transpose(-2, -3).flatten(-2))
+    return x + block.mlp(layer_norm(block.ln_2, x))
+
+
+def layer_norm(norm, x):
+    """LayerNorm in the type of x, where clip's own casts to float32."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+# Loading and tokens ---------------------------------------------------------------------------------------------------
+
+
+def load_clip(name="ViT-B/16", device="cpu"):
+    """The frozen CLIP: (clip.model.CLIP in float32, SHA-256 of its file).
+
+    name: "demo", the small CLIP that comes along; a published model, which the clip package downloads on first use and
+    checks; or a checkpoint file: a published archive, a state dict by torch.save, or .safetensors. Other pickles are
+    refused. FileNotFoundError: no such file, or it cannot be downloaded. ValueError: not a CLIP checkpoint.
+    """
+    published = {model: url.split("/")[-2] for model, url in clip.clip._MODELS.items()}  # the SHA-256 is in the address
+    path = DEMO_WEIGHTS if name == "demo" else pathlib.Path(name)
+    if name in published:
+        sha256 = published[name]
+    elif path.is_file():
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    else:
+        raise FileNotFoundError(f"there is no CLIP '{name}': give a checkpoint file or one of {', '.join(published)}")
+    try:
+        if sha256 in published.values():
+            model, _ = clip.load(str(name), device="cpu")
+        elif path.suffix == ".safetensors":
+            model = clip.model.build_model(safetensors.torch.load_file(path))
+        else:
+            model = clip.model.build_model(dict(torch.load(path, map_location="cpu", weights_only=True)))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"CLIP {name} could not be downloaded ({error}): connect to the network once, or give a checkpoint file "
+            "with --clip"
+        ) from error
+    except Exception as error:  # torch, pickle and safetensors each raise their own on a broken file
+        raise ValueError(
+            f"{name} is not a CLIP checkpoint: it needs the state dict of a clip.model.CLIP; get the file again, or "
+            "give another with --clip"
+        ) from error
+    return model.float().eval().requires_grad_(False).to(device), sha256
+
+
+def tokenize(clip_model, texts):
+    """CLIP's tokens of C texts, cut after the longest: int64 [C, T]; and the positions of their end-of-text tokens,
+    int64 [C] on the CPU.
+
+    ValueError: a text is longer than CLIP's context.
+    """
+    try:
+        tokens = clip.tokenize(texts, context_length=clip_model.context_length)
+    except RuntimeError as error:
+        longest = max(texts, key=len)
+        raise ValueError(
+            f"the prompt '{longest[:20]} ... {longest[-40:]}' does not fit CLIP's {clip_model.context_length} "
+            "positions: take fewer contexts or a shorter name"
+        ) from error
+    ends = tokens.argmax(dim=-1)  # the end-of-text token has the highest number
+    return tokens[:, : ends.max() + 1].to(clip_model.positional_embedding.device), ends
+
+
+# CLIP without learned prompts -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def zero_shot_text_features(clip_model, classnames, templates):
+    """Frozen CLIP's g of C class names in fixed words, unit length [C, d]; `_` in a name is read as a space.
+
+    templates: strings with {} for the name; the mean over them is taken before features are scaled to length 1.
+    """
+    texts = [template.format(name.replace("_", " ")) for name in classnames for template in templates]
+    parts = []
+    for first in range(0, len(texts), 256):
+        tokens, ends = tokenize(clip_model, texts[first : first + 256])
+        embedded = clip_model.token_embedding(tokens)  # [256, T, w]
+        parts.append(encode_text_fast(clip_model, embedded[0, :1], embedded[:, 1:], ends - 1))
+    return F.normalize(torch.cat(parts).unflatten(0, (len(classnames), -1)).mean(dim=1), dim=-1)
+
+
+@torch.no_grad()
+def frozen_image_features(clip_model, images):
+    """Frozen CLIP's f(I) of images [B, 3, h, w], unit length [B, d]; features [B, d] pass as they are."""
+    return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)
+
+
+class ZeroShot(nn.Module):
+    """CLIP on fixed prompts, nothing learned: the table's zero-shot CLIP, and the foundation CLIP of Eq. 7.
+
+    clip_model: of `load_clip`. classnames: C names. template: "a photo of a {}." in the paper (section 2).
+    """
+
+    prompts_images = False
+
+    def __init__(self, clip_model, classnames, template="a photo of a {}."):
+        super().__init__()
+        self.__dict__["clip_model"] = clip_model  # not a submodule: it is shared, and not to be saved
+        self.template = template
+        self.set_classes(classnames)
+
+    def set_classes(self, classnames, template=None):
+        """Takes these classes instead, in the same words or in those of `template`."""
+        if template is not None:
+            self.template = template
+        self.features = zero_shot_text_features(self.clip_model, classnames, [self.template])  # g(c)  [C, d]
+
+    @property
+    def logit_scale(self):
+        return self.clip_model.logit_scale.exp()  # 1/tau
+
+    def text_features(self, classes=None):
+        """g of all C classes [C, d], or of those in an index tensor [H, d]."""
+        return self.features if classes is None else self.features[classes]
+
+    def image_features(self, images):
+        """f(I) [B, d], as `frozen_image_features`."""
+        return frozen_image_features(self.clip_model, images)

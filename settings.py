@@ -1,0 +1,209 @@
+"""Every setting of run.py: what it does, its default, and the section, table or equation that it comes from."""
+
+import argparse
+import inspect
+from typing import NamedTuple
+
+import torch
+
+from backbones import BACKBONES
+from cli import Parser, at_least, warn
+from data import DATASETS, DEMOS, PROTOCOLS
+from images import default_workers
+from sampler import paper_batch
+
+
+class Recipe(NamedTuple):
+    """How long and how fast a phase is tuned."""
+
+    epochs: int
+    lr: float  # of SGD, at its highest
+
+
+RECIPES = {  # section 4.1 and appendix B
+    "backbone": Recipe(20, 0.002),  # the backbone without MAO
+    "mao": Recipe(10, 0.0035),  # each of MAO's two phases: half the epochs
+    "cross-dataset": Recipe(5, 0.0035),  # every row of Table 2
+}
+SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone
+WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
+METHODS = ["zeroshot", "backbone", "mao"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEARNER_OPTIONS = [
+    "n_ctx",
+    "ctx_init",
+    "depth",
+    "n_ctx_vision",
+    "depth_vision",
+]  # each goes to the learners that have it
+
+
+def parser(description=None):
+    """The parser of run.py's command line. Its groups are in the order of the paper."""
+    parser = Parser("run.py", description)
+    count = {"type": at_least(1), "metavar": "N"}
+
+    add = parser.add_argument_group("task (section 4.1)").add_argument
+    add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(DATASETS)} (default: demo)")
+    add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data); for --dataset folder "
+        "your own: DIR/<class name>/*.jpg, or DIR/train and DIR/test")  # fmt: skip
+    add("--download", action="store_true", help="fetch what is missing, where a program can (EuroSAT: always)")
+    add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="base-to-new (default, Table 1); cross-dataset: "
+        "tune on all classes, score on --targets too (Table 2); few-shot: all classes, train and test")  # fmt: skip
+    add("--targets", nargs="+", default=["all"], metavar="NAME", help="of cross-dataset (default: all others)")
+    add("--unlabeled", metavar="DIR", help="phase 2 on all images of DIR instead; all classes of the dataset are base")
+    add("--new-classes", metavar="FILE", help="their class names, one per line")
+    add("--new-test", metavar="DIR", help="labeled images of them, DIR/<class name>/*.jpg (default: none, New is '-')")
+    add("--shots", default=16, **count, help="labeled images per base class (default: 16, appendix B)")
+    add("--unlabeled-shots", **count, help="unlabeled images per new class (default: as --shots; Fig. 4 right)")
+    add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
+
+    add = parser.add_argument_group("model (Table 6)").add_argument
+    add("--backbone", choices=list(BACKBONES), default="coop", help="the prompt learner (default: coop); promptsrc's "
+        "losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is at 15, std 1")  # fmt: skip
+    add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
+    add("--n-ctx", **count, help="text contexts (default: 4, of maple 2; Table 3's 8K parameters are 16)")
+    add("--ctx-init", metavar="WORDS", help="coop: the context starts from these words (default: from N(0, 0.02^2))")
+    add("--depth", **count, help="maple, promptsrc: layers with contexts (default: 9, or all where there are fewer)")
+    add("--n-ctx-vision", **count, help="promptsrc: visual contexts (default: 4)")
+    add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
+    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own)")
+
+    total = RECIPES["backbone"].epochs
+    cross, backbone_lr, mao_lr = RECIPES["cross-dataset"].epochs, RECIPES["backbone"].lr, RECIPES["mao"].lr
+    add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
+    add("--epochs", type=at_least(2), metavar="N", help=f"default: {total}, MAO halves them; cross-dataset {cross}, "
+        "not halved")  # fmt: skip
+    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone_lr}, MAO and cross-dataset {mao_lr}")
+    add("--batch-size", default=32, **count, help="of the backbone and of MAO's new phase (default: 32)")
+    add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
+    add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
+    add("--cache-views", **count, help="coop: encode N views of each image once, draw from them (default: none)")
+
+    add = parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument
+    add("--no-base", action="store_true", help="phase 1 is the plain backbone with all its epochs (Table 4 b)")
+    add("--no-new", action="store_true", help="stop after phase 1 (Tables 4 a and 8 c)")
+    add("--no-reg-base", action="store_true", help="phase 1: cross-entropy over all base classes, not Eq. 6")
+    add("--no-reg-new", action="store_true", help="phase 2: over base and new classes, not Eq. 8 (Table 4 c)")
+    add("--pseudo-labeler", choices=["clip", "tuned"], default="clip", help="Eq. 7's CLIP (default: clip; Table 5)")
+
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one")  # fmt: skip
+    add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; demo: none)")
+    add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
+    add("--eval", nargs="+", metavar="RUN", help="score finished rows again (--root, --clip: where they are now)")
+    return parser
+
+
+def parse(arguments=None, description=None):
+    """The settings in force, an argparse.Namespace; those that depend on the data are filled in by `fit`.
+
+    arguments: a list of strings, or the command line's. description: for --help. `changed` has those that are not the
+    default. ValueError: settings that do not go together, or a GPU that is not there.
+    """
+    options = parser(description)
+    args = options.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    named = {"dataset", "backbone", "method", "seed", "download", "device", "workers", "out"}  # not told by `changed`
+    if args.dataset != "folder":
+        named.add("root")
+    args.changed = {
+        name: value for name, value in vars(args).items() if name not in named and value != options.get_default(name)
+    }
+    demo = args.dataset in DEMOS
+    if args.workers is None:
+        args.workers = 0 if demo else default_workers()  # the demo draws images faster than a worker hands them over
+    if args.clip is None:
+        args.clip = "demo" if demo else "ViT-B/16"
+    if args.unlabeled_shots is None:
+        args.unlabeled_shots = args.shots
+    if args.epochs is None:
+        args.epochs = RECIPES["cross-dataset" if args.protocol == "cross-dataset" else "backbone"].epochs
+    args.method = list(dict.fromkeys(args.method))  # each row once
+    args.settings = learner_settings(BACKBONES[args.backbone], args)
+    if args.cache_views is not None and BACKBONES[args.backbone].prompts_images:
+        raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
+    return args
+
+
+def learner_settings(backbone, args):
+    """What a backbone's class takes besides CLIP and class names: a dict of its defaults, or of the options given.
+
+    ValueError: an option that is another backbone's.
+    """
+    parameters = inspect.signature(backbone).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for name in LEARNER_OPTIONS:
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if name not in settings:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is no setting of {backbone.__name__.lower()}: leave it out")
+        settings[name] = value
+    return settings
+
+
+def fit(args, task, clip_model):
+    """Fills in b and K for a task, and checks that the settings fit it (appendix B).
+
+    ValueError: K exceeds the base classes, or a class name does not fit the prompt. A choice that weakens MAO is
+    warned about.
+    """
+    names = task.base_names + task.new_names
+    for test in task.tests.values():
+        names = names + test.names
+    BACKBONES[args.backbone](clip_model, names, **args.settings)  # raises where a name does not fit
+    count = len(task.base_names)  # C_b
+    anchors, top_k = paper_batch(count)
+    args.anchors = anchors if args.anchors is None else args.anchors
+    args.top_k = top_k if args.top_k is None else args.top_k
+    if args.top_k > count:
+        raise ValueError(f"top-k is {args.top_k}, but there are {count} classes: choose that or less")
+    if args.anchors * args.top_k > count:
+        warn(
+            f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
+            "cross-entropy (appendix B wants --anchors times --top-k within the classes)"
+        )
+    if "mao" in args.method and args.epochs < 4 and args.protocol != "cross-dataset":
+        warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
+
+
+def row(args, method, task):
+    """The settings of one row of the table: `args` with its method, and the recipe of each of its phases.
+
+    base, new: a `Recipe`, or None where the row lacks that phase. MAO has a new phase where the task has new classes.
+    """
+
+    def recipe(name, epochs):
+        return Recipe(epochs, RECIPES[name].lr if args.lr is None else args.lr)
+
+    base = new = None
+    if args.protocol == "cross-dataset" and method != "zeroshot":
+        base = recipe("cross-dataset", args.epochs)
+    elif method == "mao" and not args.no_base:
+        base = recipe("mao", args.epochs - args.epochs // 2)  # an odd epoch goes to the base phase
+    elif method != "zeroshot":
+        base = recipe("backbone", args.epochs)
+    if method == "mao" and task.new_names and not args.no_new:
+        new = recipe("mao", args.epochs // 2)
+    return argparse.Namespace(**{**vars(args), "method": method, "base": base, "new": new})
+
+
+def in_force(row, task, clip_sha256):
+    """What config.json says: every setting of a row of `row`, a dict that JSON can hold."""
+    found = {name: value for name, value in vars(row).items() if name not in ("changed", "base", "new")}
+    for name, recipe in (("base", row.base), ("new", row.new)):
+        found[f"{name}_epochs"], found[f"{name}_lr"] = recipe or (None, None)
+    return {
+        **found,
+        **SGD,
+        "warmup_lr": WARMUP_LR,
+        "crop_scale": task.crop_scale,
+        "clip_sha256": clip_sha256,
+        "templates": {name: test.template for name, test in task.tests.items()},
+        "threads": torch.get_num_threads(),
+    }
