@@ -8,6 +8,11 @@ This file needs PyTorch alone: copy it. A prompt learner, the paper's "backbone"
     logit_scale                  the multiplier 1/tau, 100 for the released CLIPs
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
                                  called last in a step
+    cross_entropy(f, g, targets, classes)
+                                 optional, where its scores are more than the similarity of f and g:
+                                 its own, over the candidates `classes` (None: all classes)
+
+Text that depends on the image is [B, H, d]; image_features is called before text_features.
 
 run.py needs more: a torch.nn.Module whose parameters are the prompts, constructed as
 Class(clip_model, classnames), with
@@ -29,8 +34,9 @@ from torch.nn import functional as F
 def alterable_cross_entropy(image_features, text_features, targets, logit_scale):
     """Cross-entropy over the candidate classes at hand, whichever they are (Eqs. 2, 3, 5, 6, 8).
 
-    image_features: f [B, d]. text_features: g [H, d], one row per candidate. targets: int64 [B],
-    the row of each image's class. logit_scale: 1/tau. Returns the mean over the batch, in nats.
+    image_features: f [B, d]. text_features: g [H, d], a row per candidate, or [B, H, d] where text
+    depends on the image. targets: int64 [B], the row of each image's class. logit_scale: 1/tau.
+    Returns the mean over the batch, in nats.
 
     Features are normalized here because learners of other projects may not return unit length.
     Everything runs in float32 at least: logits reach 100, where half precision has steps of 1/16.
@@ -39,8 +45,22 @@ def alterable_cross_entropy(image_features, text_features, targets, logit_scale)
     with torch.autocast(image_features.device.type, enabled=False):
         f = F.normalize(image_features.to(dtype), dim=-1)  # f(I) / ||f(I)||         [B, d]
         g = F.normalize(text_features.to(dtype), dim=-1)  # g(C) / ||g(C)||, Eq. 5  [H, d]
-        logits = logit_scale * f @ g.T  # <g, f> / tau, Eq. 3                       [B, H]
+        if g.ndim == 2:
+            logits = logit_scale * f @ g.T  # <g, f> / tau, Eq. 3                   [B, H]
+        else:
+            logits = logit_scale * (g @ f[:, :, None]).squeeze(2)  # the same       [B, H]
         return F.cross_entropy(logits, targets.to(logits.device))  # -log p(y | I), Eqs. 2, 6, 8
+
+
+def cross_entropy(learner, f, g, targets, classes=None):
+    """The learner's cross-entropy over the candidates: `alterable_cross_entropy`, or its own.
+
+    f, g: what it returned for the batch and for `classes` [H] (None: all). targets: int64 [B].
+    """
+    own = getattr(learner, "cross_entropy", None)
+    if own is not None:
+        return own(f, g, targets, classes)
+    return alterable_cross_entropy(f, g, targets, learner.logit_scale)
 
 
 def other_losses(learner, images, f):
@@ -60,7 +80,7 @@ def backbone_loss(learner, images, labels):
     """
     f = learner.image_features(images)  # f(P_v, I)               [B, d]
     g = learner.text_features()  # g(P_t) of all classes C        [n, d]
-    loss = alterable_cross_entropy(f, g, labels, learner.logit_scale)  # Eqs. 2 and 3
+    loss = cross_entropy(learner, f, g, labels)  # Eqs. 2 and 3
     return loss + other_losses(learner, images, f)
 
 
@@ -81,11 +101,17 @@ def base_loss(learner, images, labels):
 
     images: I'_b [b*K, 3, h, w], as `HardNegativeSampler` picks them. labels: int64 [b*K], base
     classes. The text encoder runs for H classes, not for C_b. Returns a scalar with a gradient.
+    ValueError: the learner ignores `classes`, whose loss would be wrong.
     """
     classes, targets = candidates(labels)  # C~'_b [H], and each image's class in it [b*K]
     f = learner.image_features(images)  # f(P_v, I'_b)            [b*K, d]
     g = learner.text_features(classes)  # g(C~'_b)                [H, d]
-    loss = alterable_cross_entropy(f, g, targets, learner.logit_scale)  # Eqs. 5 and 6
+    if g.shape[-2] != len(classes):
+        raise ValueError(
+            f"text_features(classes) gave {g.shape[-2]} rows for {len(classes)} classes: "
+            "it must return those of `classes` alone, in their order"
+        )
+    loss = cross_entropy(learner, f, g, targets, classes)  # Eqs. 5 and 6
     return loss + other_losses(learner, images, f)
 
 
@@ -100,5 +126,5 @@ def new_loss(learner, images, pseudo_labels):
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [N, d]
-    loss = alterable_cross_entropy(f, g, pseudo_labels, learner.logit_scale)  # Eq. 8
+    loss = cross_entropy(learner, f, g, pseudo_labels)  # Eq. 8
     return loss + other_losses(learner, images, f)
