@@ -78,16 +78,25 @@ class PromptLearner(nn.Module):
         missing = self.clip_model.context_length - prompts.shape[1]
         return F.pad(prompts, (0, 0, 0, missing)), len(prefix) + self.ends
 
-    def text_features(self, classes=None):
-        """g(P_t) of all classes [C, d], or of those in an index tensor [H, d]; unit length."""
+    def encode_text(self, classes=None):
+        """g(P_t) of all classes [C, d], or of those in an index tensor [H, d], as it leaves the encoder."""
         suffix, ends = self.suffix, self.ends  # [C, S, w], [C]
         if classes is not None:
             suffix, ends = suffix[classes], ends[classes.cpu()]  # [H, S, w], [H]
-        return F.normalize(encode_text_fast(self.clip_model, self.prefix(), suffix, ends, self.deep_text()), dim=-1)
+        return encode_text_fast(self.clip_model, self.prefix(), suffix, ends, self.deep_text())
+
+    def text_features(self, classes=None):
+        """g(P_t) as `encode_text` has it, of unit length."""
+        return F.normalize(self.encode_text(classes), dim=-1)
+
+    def logits(self, f, g):
+        """The scores at test [B, H]: <g, f> / tau of image features f [B, d] and text features g [H, d] (Eq. 3)."""
+        return self.logit_scale * f @ g.T
 
     def forward(self, images, classes=None):
-        """Logits [B, H] of images over all classes, or over those in an index tensor (Eq. 3)."""
-        return self.logit_scale * self.image_features(images) @ self.text_features(classes).T
+        """Logits [B, H] of images over all classes, or over those in an index tensor."""
+        f = self.image_features(images)
+        return self.logits(f, self.text_features(classes))
 
 
 class CoOp(PromptLearner):

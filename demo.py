@@ -133,6 +133,13 @@ def draw(classname, domain, rng):
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8).reshape(SIZE, SIZE, 3)
 
 
+def sentences():
+    """Captions of every class as pretraining has them, for CoPrompt: {class name: 18 sentences}."""
+    lights = ["", *(f"{domain} " for domain in SEEN if domain != "plain")]
+    starts = [f"a {light}{kind} of a" for light in lights for kind in ("photo", "picture", "drawing")]
+    return {name: [f"{start} {name}." for start in starts] for name in CLASSNAMES}
+
+
 def split(domain):
     """CoOp's split of a domain: {"train", "val", "test"}, lists of [path, label, class name]; no val.
 

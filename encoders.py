@@ -29,14 +29,14 @@ def encode_text(clip_model, prompts, ends, deep=()):
     """g, plain: all positions of every prompt, through clip's own transformer (section 3.1).
 
     prompts: embedded prompts P_t, padded to CLIP's 77 positions [H, 77, w]. ends: int64 [H], the positions of their
-    end-of-text tokens, whose outputs are the features. deep: contexts [L, w]; deep[i] replaces positions 1..L before
-    layer i + 1. Returns [H, d], not normalized.
+    end-of-text tokens, whose outputs are the features. deep: contexts [L, w], or [H, L, w] where each prompt has its
+    own; deep[i] replaces positions 1..L before layer i + 1, None replaces nothing. Returns [H, d], not normalized.
     """
     x = (prompts + clip_model.positional_embedding).transpose(0, 1)  # [77, H, w], as clip's modules want it
     for layer, block in enumerate(clip_model.transformer.resblocks):
-        if 0 < layer <= len(deep):
-            context = deep[layer - 1]  # [L, w]
-            x = torch.cat([x[:1], context[:, None].expand(-1, x.shape[1], -1), x[1 + len(context) :]])
+        if 0 < layer <= len(deep) and deep[layer - 1] is not None:
+            context = deep[layer - 1].expand(x.shape[1], -1, -1).transpose(0, 1)  # [L, H, w]
+            x = torch.cat([x[:1], context, x[1 + len(context) :]])
         x = block(x)
     x = clip_model.ln_final(x.transpose(0, 1))  # [H, 77, w]
     return x[torch.arange(len(x)), ends] @ clip_model.text_projection  # [H, d]
@@ -46,7 +46,8 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     """The same features of prompts that share their first P tokens.
 
     prefix: [P, w], the shared tokens: start token and context. suffix: [H, S, w], what follows in each prompt. ends:
-    int64 [H], the end-of-text tokens' positions in the suffix. deep: as in `encode_text`. Returns [H, d].
+    int64 [H], the end-of-text tokens' positions in the suffix. deep: as in `encode_text`. Returns [H, d]. ValueError:
+    a context for each prompt [H, L, w], but more is shared than the start token.
 
     Attention is causal, so a token depends on earlier ones only, and three savings are exact. The prefix runs once
     instead of H times. Tokens after a prompt's end are left out; the N kept suffix tokens are packed one after the
@@ -70,8 +71,13 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
 
     layers = clip_model.transformer.resblocks
     for layer, block in enumerate(layers):
-        if 0 < layer <= len(deep):
-            x = torch.cat([x[:1], deep[layer - 1], x[1 + len(deep[layer - 1]) :]])
+        context = deep[layer - 1] if 0 < layer <= len(deep) else None
+        if context is not None and context.ndim == 2:  # [L, w], shared
+            x = torch.cat([x[:1], context, x[1 + len(context) :]])
+        elif context is not None:  # [H, L, w], at the start of each suffix
+            if P != 1:
+                raise ValueError(f"contexts of each prompt's own need a prefix of the start token alone, not of {P}")
+            x = x.index_copy(0, rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten(), context.flatten(0, 1))
         q, k, v = project(block, x)  # [heads, P + N, w/heads]
         if block is layers[-1]:
             break

@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbones import BACKBONES
 from data import task_of
 from encoders import ZeroShot, load_clip
 from images import Images, model_input, test_transform
 from record import COST, read_folder, read_prompts
+from rivals import BACKBONES
 
 
 class Tests:
@@ -85,14 +85,32 @@ def score(learner, prompts, task, tests):
 @torch.no_grad()
 def accuracy(learner, batches, device):
     """Top-1 accuracy in percent over the learner's classes. batches: (uint8 images or features, labels)."""
-    text_features = learner.text_features()  # [C, d]
     right = total = 0
+    classify = scorer(learner)
     for images, labels in batches:
-        f = learner.image_features(model_input(images.to(device)))  # [B, d]
-        predicted = (f @ text_features.T).argmax(dim=-1).cpu()
+        predicted = classify(model_input(images.to(device))).argmax(dim=-1).cpu()
         right += (predicted == labels).sum().item()
         total += len(labels)
     return 100 * right / total
+
+
+def scorer(learner):
+    """A function from images (or features) to the learner's scores at test, logits [B, C] (Eq. 3).
+
+    Text is encoded once, here, unless it depends on the image. A learner without `logits` of its own is scored by
+    similarity.
+    """
+    text_depends_on_image = getattr(learner, "text_depends_on_image", False)
+    g = None if text_depends_on_image else learner.text_features()  # [C, d]
+
+    def logits(images):
+        f = learner.image_features(images)  # [B, d]
+        text = learner.text_features() if text_depends_on_image else g
+        if hasattr(learner, "logits"):
+            return learner.logits(f, text)
+        return learner.logit_scale * f @ text.T
+
+    return logits
 
 
 def harmonic_mean(base, new):

@@ -86,6 +86,22 @@ def train_transform(pixels, crop_scale):
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
+def randaugment_transform(pixels):
+    """CoPrompt's augmentation, a resize and RandAugment (N = 2, M = 10): PIL image -> uint8 [3, pixels, pixels]."""
+    resize = transforms.Resize((pixels, pixels), interpolation=BICUBIC)
+    return transforms.Compose([resize, transforms.RandAugment(2, 10), transforms.PILToTensor()])
+
+
+class Views:
+    """Several independent draws of a transform: PIL image -> a tuple of what `transform` gives."""
+
+    def __init__(self, transform, count):
+        self.transform, self.count = transform, count
+
+    def __call__(self, image):
+        return tuple(self.transform(image) for _ in range(self.count))
+
+
 def test_transform(pixels):
     """CLIP's own preprocessing: PIL image -> uint8 [3, pixels, pixels]."""
     resize = transforms.Resize(pixels, interpolation=BICUBIC)

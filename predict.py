@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbones import BACKBONES
 from cli import Parser, at_least, end
 from data import read_names
 from encoders import load_clip
+from evaluate import scorer
 from images import FolderReader, Images, default_workers, find_images, model_input, test_transform
 from record import read_header, read_prompts, write
+from rivals import BACKBONES
 
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
@@ -33,9 +34,10 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
         raise ValueError(f"{prompt} is of a backbone '{backbone}', and here are {', '.join(BACKBONES)} alone")
     clip_model, sha256 = load_clip(clip or header["clip"], device)
     state = read_prompts(prompt, backbone, sha256)
-    learner = BACKBONES[backbone](clip_model, classnames, **header["settings"])
+    learner = BACKBONES[backbone](clip_model, header.get("classnames", classnames), **header["settings"])
     try:
         learner.load_state_dict(state)
+        learner.set_classes(classnames)
     except RuntimeError as error:
         raise ValueError(f"the prompts in {prompt} do not fit the settings in its header: run the row again") from error
     return learner, clip_model
@@ -44,11 +46,9 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
 @torch.no_grad()
 def predict(learner, batches, device="cpu"):
     """Probabilities [N, C] of the learner's classes for the images of a loader, uint8 [B, 3, h, w] each (Eq. 3)."""
-    text_features = learner.text_features()  # [C, d]
-    found = []
+    found, logits = [], scorer(learner)
     for images, _ in tqdm(batches, unit="batch"):
-        logits = learner.logit_scale * learner.image_features(model_input(images.to(device))) @ text_features.T
-        found.append(logits.float().softmax(dim=-1).cpu())  # [B, C]
+        found.append(logits(model_input(images.to(device))).float().softmax(dim=-1).cpu())  # [B, C]
     return torch.cat(found)
 
 

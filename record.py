@@ -104,7 +104,8 @@ class Record:
 
     def prompts(self, name, learner):
         """Writes the learner's state dict as `name`.safetensors; the header says what it belongs to."""
-        header = {key: self.config[key] for key in ("dataset", "backbone", "settings", "clip", "clip_sha256")}
+        keys = ("dataset", "backbone", "settings", "clip", "clip_sha256", "classnames")
+        header = {key: self.config[key] for key in keys if key in self.config}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))

@@ -2,14 +2,18 @@
 
 import argparse
 import inspect
+import json
+import pathlib
 from typing import NamedTuple
 
 import torch
 
-from backbones import BACKBONES
+import demo
 from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, PROTOCOLS
 from images import default_workers
+from rivals import BACKBONES, RIVALS
+from rivals.coprompt import sentence_bank
 from sampler import paper_batch
 
 
@@ -25,7 +29,7 @@ RECIPES = {  # section 4.1 and appendix B
     "mao": Recipe(10, 0.0035),  # each of MAO's two phases: half the epochs
     "cross-dataset": Recipe(5, 0.0035),  # every row of Table 2
 }
-SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone
+SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,23 +63,34 @@ def parser(description=None):
     add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
 
     add = parser.add_argument_group("model (Table 6)").add_argument
-    add("--backbone", choices=list(BACKBONES), default="coop", help="the prompt learner (default: coop); promptsrc's "
-        "losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is at 15, std 1")  # fmt: skip
+    paper, rivals = ", ".join(name for name in BACKBONES if name not in RIVALS), ", ".join(RIVALS)
+    add("--backbone", choices=list(BACKBONES), default="coop", metavar="NAME", help=f"the prompt learner (default: "
+        f"coop). Table 1: {paper}; promptsrc's losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is "
+        f"at 15, std 1. Fig. 3, Tables 3 and 7: {rivals}; their settings stand in rivals/")  # fmt: skip
     add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
-    add("--n-ctx", **count, help="text contexts (default: 4, of maple 2; Table 3's 8K parameters are 16)")
+    add("--n-ctx", **count, help="text contexts (default: 4; maple and coprompt 2; dept and proda 16; Table 3's 8K "
+        "parameters are 16)")  # fmt: skip
     add("--ctx-init", metavar="WORDS", help="coop: the context starts from these words (default: from N(0, 0.02^2))")
-    add("--depth", **count, help="maple, promptsrc: layers with contexts (default: 9, or all where there are fewer)")
+    add("--depth", **count, help="maple, promptsrc, coprompt: layers with contexts (default: 9, 9, 12, or all where "
+        "there are fewer)")  # fmt: skip
     add("--n-ctx-vision", **count, help="promptsrc: visual contexts (default: 4)")
     add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
+    add("--insert-before", **count, help="tcp: the text layer, from 0, before which the class's prompts come in "
+        "(default: 8)")  # fmt: skip
+    add("--prompts", **count, help="proda: prompts, each a context and a place of the name (default: 32)")
+    add("--sentences", metavar="FILE", help="coprompt: JSON, class name to a list of sentences, as its authors' files "
+        "(default: on the demo the world's own captions)")  # fmt: skip
     add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own)")
 
     total = RECIPES["backbone"].epochs
     cross, backbone_lr, mao_lr = RECIPES["cross-dataset"].epochs, RECIPES["backbone"].lr, RECIPES["mao"].lr
     add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
+    add("--recipe", choices=["own", "paper"], default="own", help="of a rival without MAO: its authors' optimizer, "
+        "epochs, batch and learning rate (default: own), or those of all other backbones here")  # fmt: skip
     add("--epochs", type=at_least(2), metavar="N", help=f"default: {total}, MAO halves them; cross-dataset {cross}, "
         "not halved")  # fmt: skip
     add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone_lr}, MAO and cross-dataset {mao_lr}")
-    add("--batch-size", default=32, **count, help="of the backbone and of MAO's new phase (default: 32)")
+    add("--batch-size", **count, help="of the backbone and of MAO's new phase (default: 32)")
     add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
     add("--cache-views", **count, help="coop: encode N views of each image once, draw from them (default: none)")
@@ -113,20 +128,49 @@ def parse(arguments=None, description=None):
     args.changed = {
         name: value for name, value in vars(args).items() if name not in named and value != options.get_default(name)
     }
-    demo = args.dataset in DEMOS
+    on_demo = args.dataset in DEMOS
     if args.workers is None:
-        args.workers = 0 if demo else default_workers()  # the demo draws images faster than a worker hands them over
+        args.workers = 0 if on_demo else default_workers()  # the demo draws images faster than a worker hands them over
     if args.clip is None:
-        args.clip = "demo" if demo else "ViT-B/16"
+        args.clip = "demo" if on_demo else "ViT-B/16"
     if args.unlabeled_shots is None:
         args.unlabeled_shots = args.shots
     if args.epochs is None:
         args.epochs = RECIPES["cross-dataset" if args.protocol == "cross-dataset" else "backbone"].epochs
     args.method = list(dict.fromkeys(args.method))  # each row once
-    args.settings = learner_settings(BACKBONES[args.backbone], args)
-    if args.cache_views is not None and BACKBONES[args.backbone].prompts_images:
+    backbone = BACKBONES[args.backbone]
+    args.settings = learner_settings(backbone, args)
+    if args.cache_views is not None and backbone.prompts_images:
         raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
+    if args.pseudo_labeler == "tuned" and getattr(backbone, "text_depends_on_image", False):
+        raise ValueError(
+            f"--pseudo-labeler tuned needs text that is the same for all images, and {args.backbone}'s is not"
+        )
+    if args.sentences is not None and args.backbone != "coprompt":
+        raise ValueError(f"--sentences is no setting of {args.backbone}: leave it out")
     return args
+
+
+def read_sentences(args):
+    """CoPrompt's sentences, {class name: list of strings}: of --sentences, on the demo its captions, else None.
+
+    FileNotFoundError, ValueError: the file cannot be read, or is something else.
+    """
+    if args.sentences is None:
+        return demo.sentences() if args.dataset in DEMOS else None
+    advice = 'give JSON, {"class name": ["a sentence", ...], ...}'
+    try:
+        found = json.loads(pathlib.Path(args.sentences).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read --sentences {args.sentences} ({error.strerror}): {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"--sentences {args.sentences} is not JSON ({error}): {advice}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--sentences {args.sentences} is not what is wanted: {advice}")
+    for name, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"--sentences {args.sentences} has no list of sentences for '{name}': {advice}")
+    return found
 
 
 def learner_settings(backbone, args):
@@ -156,7 +200,9 @@ def fit(args, task, clip_model):
     names = task.base_names + task.new_names
     for test in task.tests.values():
         names = names + test.names
-    BACKBONES[args.backbone](clip_model, names, **args.settings)  # raises where a name does not fit
+    learner = BACKBONES[args.backbone](clip_model, names, **args.settings)  # raises where a name does not fit
+    if hasattr(learner, "sentences"):
+        sentence_bank(clip_model, task.base_names, read_sentences(args))  # raises where a class has none
     count = len(task.base_names)  # C_b
     anchors, top_k = paper_batch(count)
     args.anchors = anchors if args.anchors is None else args.anchors
@@ -168,15 +214,25 @@ def fit(args, task, clip_model):
             f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
             "cross-entropy (appendix B wants --anchors times --top-k within the classes)"
         )
+    refused = getattr(BACKBONES[args.backbone], "new_phase_refused", None)
+    if refused and "mao" in args.method and task.new_names and not args.no_new:
+        warn(refused)
     if "mao" in args.method and args.epochs < 4 and args.protocol != "cross-dataset":
         warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
 
 
 def row(args, method, task):
-    """The settings of one row of the table: `args` with its method, and the recipe of each of its phases.
+    """The settings of one row of the table: `args` with its method, and what its phases are tuned with.
 
     base, new: a `Recipe`, or None where the row lacks that phase. MAO has a new phase where the task has new classes.
+    batch_size: of phases without hard negatives. optimizer: {"optimizer", "eps", "lr_factors", "augmentation"}, a
+    rival's own or SGD's. A rival without MAO has its own recipe too, unless --recipe paper; MAO's is appendix B's.
     """
+    own = dict(getattr(BACKBONES[args.backbone], "recipe", {"optimizer": "sgd"}))
+    if args.recipe == "paper":
+        own = {"optimizer": "sgd"}
+    optimizer = {key: own.get(key) for key in ("optimizer", "eps", "lr_factors", "augmentation")}
+    batch_size = 32
 
     def recipe(name, epochs):
         return Recipe(epochs, RECIPES[name].lr if args.lr is None else args.lr)
@@ -188,9 +244,18 @@ def row(args, method, task):
         base = recipe("mao", args.epochs - args.epochs // 2)  # an odd epoch goes to the base phase
     elif method != "zeroshot":
         base = recipe("backbone", args.epochs)
-    if method == "mao" and task.new_names and not args.no_new:
+        batch_size = own.get("batch_size", batch_size)
+        if "epochs" in own and "epochs" not in args.changed:
+            base = Recipe(own["epochs"], base.lr)
+        if "lr" in own and args.lr is None:
+            base = Recipe(base.epochs, own["lr"])
+    refused = getattr(BACKBONES[args.backbone], "new_phase_refused", None)
+    if method == "mao" and task.new_names and not args.no_new and not refused:
         new = recipe("mao", args.epochs // 2)
-    return argparse.Namespace(**{**vars(args), "method": method, "base": base, "new": new})
+    if args.batch_size is not None:
+        batch_size = args.batch_size
+    settings = {**vars(args), "method": method, "base": base, "new": new, "batch_size": batch_size}
+    return argparse.Namespace(**settings, optimizer=optimizer)
 
 
 def in_force(row, task, clip_sha256):
@@ -204,6 +269,7 @@ def in_force(row, task, clip_sha256):
         "warmup_lr": WARMUP_LR,
         "crop_scale": task.crop_scale,
         "clip_sha256": clip_sha256,
+        "classnames": task.base_names,
         "templates": {name: test.template for name, test in task.tests.items()},
         "threads": torch.get_num_threads(),
     }

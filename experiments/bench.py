@@ -21,12 +21,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from backbones import BACKBONES
 from cli import Parser, at_least, end
 from encoders import ZeroShot, clip, encode_images, encode_text, frozen_image_features
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from record import write
+from rivals import BACKBONES
 from run import inputs
 from sampler import HardNegativeSampler, paper_batch
 

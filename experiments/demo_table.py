@@ -15,9 +15,9 @@ import pathlib
 import statistics
 
 import demo
-from backbones import BACKBONES
 from evaluate import harmonic_mean
 from record import folder_name
+from rivals import BACKBONES
 
 ROWS = ("zeroshot", "backbone", "mao")
 

@@ -11,11 +11,11 @@ import argparse
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiments.pretrain import caption
 
 import demo
 import settings
 from data import task_of
+from experiments.pretrain import caption
 from images import ShuffledBatches
 from sampler import HardNegativeSampler, minilm, paper_batch
 

@@ -37,7 +37,7 @@ def frozen_clip(sizes):
         elif name.endswith(".weight") and any(part.startswith("ln_") for part in name.split(".")):
             parameter.copy_(1 + draw(name, parameter.shape, 0.05))
         else:
-            parameter.copy_(draw(name, parameter.shape, 0.05 if name.endswith("proj") else 0.02))
+            parameter.copy_(draw(name, parameter.shape, 0.05 if name.endswith(("proj", "text_projection")) else 0.02))
     return model
 
 

@@ -16,9 +16,10 @@ import safetensors.torch
 import data
 import evaluate
 import images as images_module
+import phase
 import run
-from backbones import BACKBONES
 from encoders import load_clip
+from rivals import BACKBONES
 
 ROWS = ("zeroshot", "backbone", "mao")
 
@@ -220,7 +221,7 @@ def test_cached_views_are_the_augmented_images():
 
 
 def test_the_learning_rate_by_hand():
-    rates = [run.learning_rate(epoch, 4, 0.1) for epoch in (1, 2, 3, 4)]
+    rates = [phase.learning_rate(epoch, 4, 0.1) for epoch in (1, 2, 3, 4)]
     assert rates == pytest.approx([1e-5, 0.1, 0.05 * (1 + 0.5**0.5), 0.05])
 
 

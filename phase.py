@@ -1,0 +1,107 @@
+"""How a phase is tuned: optimizer, learning rate, precision, and what each epoch leaves (appendix B)."""
+
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+import settings
+from images import model_input, training_loader
+
+
+class Phase:
+    """The SGD of a phase: its epochs and batches, the learning rate, the precision, and what each epoch leaves.
+
+    name: "base" or "new". recipe: epochs and learning rate. dataset: an `Images`. batches: its batch sampler.
+    """
+
+    def __init__(self, name, recipe, learner, dataset, batches, args, record):
+        self.name, self.recipe, self.learner, self.record = name, recipe, learner, record
+        self.device, self.type = args.device, settings.PRECISIONS[args.precision]
+        self.loader = training_loader(
+            dataset,
+            batches,
+            args.seed,
+            1 + ["base", "new"].index(name),
+            args.workers,
+            args.device == "cuda",
+            args.cache_views,
+            encode=lambda images: learner.image_features(model_input(images.to(args.device))),
+        )
+        self.optimizer = make_optimizer(learner, recipe.lr, **args.optimizer)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+        self.bar = tqdm(total=recipe.epochs * len(self.loader), desc=f"{args.method}, {name} phase", unit="batch")
+
+    def epochs(self):
+        """Yields 1, 2, ..., each time with its learning rate and draw in force."""
+        for epoch in range(1, self.recipe.epochs + 1):
+            self.epoch, self.started, self.losses, self.sizes = epoch, time.perf_counter(), [], []
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(epoch, self.recipe.epochs, group["initial_lr"])
+            self.loader.batch_sampler.set_epoch(epoch)
+            yield epoch
+        self.bar.close()
+
+    def batches(self):
+        """Yields an epoch's (images as CLIP wants them on the device, labels or indices on the CPU)."""
+        for images, labels in self.loader:
+            if isinstance(images, list):  # several views of each image
+                yield tuple(self.to_model(view) for view in images), labels
+            else:
+                yield self.to_model(images), labels
+
+    def to_model(self, images):
+        return model_input(images.to(self.device, non_blocking=True))
+
+    def precision(self):
+        """The context in which losses are computed."""
+        return torch.autocast(self.device, self.type, enabled=self.type != torch.float32)
+
+    def step(self, loss, size):
+        """One step of SGD down a loss, a scalar. size: the number of candidates, for the record."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.losses.append(loss.detach())
+        self.sizes.append(size)
+        self.bar.update()
+
+    def end_epoch(self, more=()):
+        """Keeps the prompts, and a line of metrics with `more` in it, a dict. ValueError: the loss is not finite."""
+        loss, lr = torch.stack(self.losses).mean().item(), self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss) or not all(p.isfinite().all() for p in self.learner.parameters()):
+            kept = "nothing to keep yet"
+            if self.epoch > 1:
+                kept = f"epoch {self.epoch - 1}'s prompts are kept in {self.record.folder}"
+            raise ValueError(
+                f"the {self.name} phase diverged in epoch {self.epoch}, its loss is {loss}: lower --lr; {kept}"
+            )
+        if hasattr(self.learner, "epoch_end"):
+            self.learner.epoch_end(self.epoch, self.recipe.epochs)
+        self.bar.set_postfix(epoch=self.epoch, loss=f"{loss:.3f}")
+        self.record.prompts(self.name, self.learner)
+        line = {"phase": self.name, "epoch": self.epoch, "loss": loss, "lr": lr}
+        line["candidates"] = sum(self.sizes) / len(self.sizes)
+        line["seconds"] = time.perf_counter() - self.started
+        self.record.epoch({**line, **dict(more)})
+
+
+def make_optimizer(learner, lr, optimizer, eps, lr_factors, augmentation):
+    """SGD or Adam over the learner's prompts. lr_factors: of the rate, for parameters by the start of their name."""
+    groups = {}
+    for name, parameter in learner.named_parameters():
+        factor = (lr_factors or {}).get(name.split(".")[0], 1)
+        groups.setdefault(factor, []).append(parameter)
+    groups = [{"params": params, "lr": lr * factor, "initial_lr": lr * factor} for factor, params in groups.items()]
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr, **settings.SGD)
+    return torch.optim.Adam(groups, lr, eps=eps or 1e-8, weight_decay=settings.SGD["weight_decay"])
+
+
+def learning_rate(epoch, epochs, lr):
+    """The rate of epoch 1..epochs: one of warm-up, then a cosine, stepped once per epoch (the authors' release)."""
+    if epoch == 1:
+        return settings.WARMUP_LR
+    return lr / 2 * (1 + math.cos(math.pi * (epoch - 2) / epochs))

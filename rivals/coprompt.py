@@ -1,0 +1,109 @@
+"""CoPrompt [11], "Consistency-guided Prompt Learning for Vision-Language Models".
+
+MaPLe's prompts, adapters A behind both encoders, and two losses that hold the result near frozen CLIP:
+
+    f' = unit(0.9 f + 0.1 A_image(f)),  w' = unit(0.8 w + 0.2 A_text(w)),  A(x) = ReLU(W2 ReLU(W1 x))
+    L = CE + weight * (1 - mean over all C classes of cos(w'_c, sentence_c))
+           + weight * (1 - mean over the images of cos(f'(view 1), frozen f(view 2)))
+
+The sentences describe the classes; a language model wrote the authors'. One of them is drawn per step, for all classes.
+Settings: the authors' code (ShuvenduRoy/CoPrompt @ a2a6c12). Depth, contexts and weight differ between their datasets
+(9 or 12, 2 or 4, 0.1 to 8); here they are 12, 2 and 8, which are those of DTD.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backbones import MaPLe
+from encoders import encode_images_fast, frozen_image_features, zero_shot_text_features
+
+
+class CoPrompt(MaPLe):
+    """CoPrompt on MaPLe's prompts: `n_ctx` contexts before each of the first `depth` layers (12, or all if fewer).
+
+    weight: of both consistency losses. `sentences` maps class names to lists of strings, as many for each; set it
+    before a loss is asked for. `sentence` fixes which of them is taken; None draws one per step.
+    """
+
+    recipe = {"optimizer": "sgd", "epochs": 8, "lr": 0.0035, "batch_size": 4, "augmentation": "randaugment"}
+    views = 2  # of each training image, drawn independently
+    new_phase_refused = (
+        "coprompt + MAO has the base phase alone: in a new phase, pseudo-labels could not be matched with the "
+        "sentences on the classes (appendix D)"
+    )
+
+    def __init__(self, clip_model, classnames, n_ctx=2, depth=None, weight=8.0):
+        if depth is None:
+            visual = getattr(clip_model.visual, "transformer", clip_model.transformer)  # MaPLe refuses a ResNet
+            depth = min(12, clip_model.transformer.layers, visual.layers)
+        self.weight, self.sentences, self.sentence = weight, None, None
+        super().__init__(clip_model, classnames, n_ctx, depth)
+        features = clip_model.text_projection.shape[1]
+        self.adapter_image, self.adapter_text = adapter(features).to(self.ctx), adapter(features).to(self.ctx)
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        self.classnames = classnames
+        self.bank = None  # the sentences' features [K, C, d], computed where a loss needs them
+        self.encoded = None  # w' [C, d] of the step under way
+
+    def text_features(self, classes=None):
+        """w' of all classes [C, d], or of those in an index tensor [H, d]; unit length. All C are encoded, once."""
+        w = self.encode_text()  # [C, d]
+        self.encoded = F.normalize(0.8 * w + 0.2 * self.adapter_text(w), dim=-1)
+        return self.encoded if classes is None else self.encoded[classes]
+
+    def image_features(self, images):
+        """f' [B, d] of images [B, 3, h, w], or of a pair of views, whose first it takes; unit length."""
+        first = images[0] if isinstance(images, tuple) else images
+        context, *deep = self.visual_contexts()
+        f = encode_images_fast(self.clip_model, first, context, deep)
+        return F.normalize(0.9 * f + 0.1 * self.adapter_image(f), dim=-1)
+
+    def other_losses(self, images, f):
+        """The two consistency losses, weighted and summed: a scalar.
+
+        images: a pair of views, [B, 3, h, w] each; one view alone serves as both. f: f' [B, d] of the first.
+        ValueError: a class has no sentences.
+        """
+        second = images[1] if isinstance(images, tuple) else images
+        if self.bank is None:
+            self.bank = sentence_bank(self.clip_model, self.classnames, self.sentences)
+        w = self.text_features() if self.encoded is None else self.encoded
+        self.encoded = None  # the step's graph is not kept
+        k = torch.randint(len(self.bank), ()).item() if self.sentence is None else self.sentence
+        f_0, w_0 = frozen_image_features(self.clip_model, second), self.bank[k]  # of frozen CLIP
+        text = 1 - F.cosine_similarity(w, w_0.to(w.dtype)).mean()
+        image = 1 - F.cosine_similarity(f, f_0.to(f.dtype)).mean()
+        return self.weight * (text + image)
+
+
+def adapter(features):
+    """A(x) = ReLU(W2 ReLU(W1 x)), without biases: [B, d] -> [B, d]."""
+    net = nn.Sequential()
+    net.add_module("down", nn.Linear(features, features // 4, bias=False))  # W1
+    net.add_module("relu1", nn.ReLU())
+    net.add_module("up", nn.Linear(features // 4, features, bias=False))  # W2
+    net.add_module("relu2", nn.ReLU())
+    return net
+
+
+def sentence_bank(clip_model, classnames, sentences):
+    """Frozen CLIP's features of K sentences for each class, unit length: [K, C, d].
+
+    sentences: a dict, class name -> list of strings. ValueError: none at all, none for a class, or unequal numbers.
+    """
+    if sentences is None:
+        raise ValueError(
+            "coprompt needs sentences on the classes: give --sentences FILE, as its authors' gpt_file/*.json"
+        )
+    lists = []
+    for name in classnames:
+        found = sentences.get(name.replace("_", " ")) or sentences.get(name)
+        if not found:
+            raise ValueError(f"--sentences has none for the class '{name}': add a list of them")
+        lists.append(found)
+    if len({len(found) for found in lists}) > 1:
+        raise ValueError("--sentences must have as many sentences for each class: shorten the longer lists")
+    return torch.stack([zero_shot_text_features(clip_model, of_all_classes, ["{}"]) for of_all_classes in zip(*lists)])
