@@ -94,23 +94,29 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
 # The image encoder f --------------------------------------------------------------------------------------------------
 
 
+def image_tokens(visual, images, context=None):
+    """(P_v, I) before a ViT's first layer: class token, patch tokens and visual prompt [B, 1 + patches + L, w].
+
+    The paper calls P_v a prefix of the patch tokens. The authors' backbones put it after them, and so does this. It
+    makes no difference: position embeddings are added before, and attention here does not see the order of tokens.
+    """
+    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+    if context is not None:
+        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
+    return x
+
+
 def encode_images(clip_model, images, context=None, deep=()):
     """f, plain: a ViT's layers by clip's own modules; a ResNet runs as clip has it (section 3.1).
 
     images: [B, 3, h, w]. context: the visual prompt P_v [L, w]. deep: contexts [L, w]; deep[i] replaces it before
     layer i + 1. Returns [B, d], not normalized.
-
-    The paper calls P_v a prefix of the patch tokens. The authors' backbones put it after them, and so does this. It
-    makes no difference: position embeddings are added before, and attention here does not see the order of tokens.
     """
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):
         return visual(images)
-    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
-    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-    if context is not None:
-        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
-    x = visual.ln_pre(x).transpose(0, 1)  # [T, B, w], T = 1 + patches + L
+    x = visual.ln_pre(image_tokens(visual, images, context)).transpose(0, 1)  # [T, B, w], T = 1 + patches + L
     for layer, block in enumerate(visual.transformer.resblocks):
         if 0 < layer <= len(deep):
             x = torch.cat([x[: -len(context)], deep[layer - 1][:, None].expand(-1, x.shape[1], -1)])
@@ -126,11 +132,7 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):
         return visual(images)
-    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
-    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-    if context is not None:
-        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
-    x = layer_norm(visual.ln_pre, x)  # [B, T, w], T = 1 + patches + L
+    x = layer_norm(visual.ln_pre, image_tokens(visual, images, context))  # [B, T, w], T = 1 + patches + L
     layers = visual.transformer.resblocks
     for layer, block in enumerate(layers):
         if 0 < layer <= len(deep):

@@ -142,10 +142,9 @@ def parse(arguments=None, description=None):
     args.settings = learner_settings(backbone, args)
     if args.cache_views is not None and backbone.prompts_images:
         raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
-    if args.pseudo_labeler == "tuned" and getattr(backbone, "text_depends_on_image", False):
-        raise ValueError(
-            f"--pseudo-labeler tuned needs text that is the same for all images, and {args.backbone}'s is not"
-        )
+    refused = getattr(backbone, "tuned_labeler_refused", None)
+    if args.pseudo_labeler == "tuned" and refused:
+        raise ValueError(f"--pseudo-labeler tuned has no place with {args.backbone}: {refused}; leave it out")
     if args.sentences is not None and args.backbone != "coprompt":
         raise ValueError(f"--sentences is no setting of {args.backbone}: leave it out")
     return args

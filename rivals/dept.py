@@ -27,8 +27,9 @@ class DePT(PromptLearner):
     linear_weight: 0.7, of the head's cross-entropy and scores; the similarity's are the rest.
     """
 
+    tuned_labeler_refused = "dept's features are not of unit length"
     prompts_images = True  # not so, but the head wants features of their own length, and frozen ones come at length 1
-    recipe = {
+    recipe = {  # of its CoOp host, for all datasets
         "optimizer": "sgd",
         "epochs": 10,
         "lr": 0.0035,
@@ -49,6 +50,7 @@ class DePT(PromptLearner):
 
     def text_features(self, classes=None):
         """w of all classes [C, d], or of those in an index tensor [H, d], as it leaves the encoder."""
+        self.candidates = classes  # `logits` takes the head's columns of the same
         return self.encode_text(classes)
 
     @torch.no_grad()
@@ -73,11 +75,14 @@ class DePT(PromptLearner):
         return (1 - self.linear_weight) * similarity + self.linear_weight * linear
 
     def logits(self, f, g):
-        """The scores at test [B, C], of f [B, d] and g [C, d]: 0.3 a + 0.7 z, or a where the head is for others."""
+        """The scores at test [B, H], of f [B, d] and g [H, d]: 0.3 a + 0.7 z, or a where the head is for others."""
         a = self.logit_scale * F.normalize(f, dim=-1) @ F.normalize(g, dim=-1).T
-        if not self.head_fits or len(g) != len(self.head_classes):
+        if not self.head_fits:
             return a
-        return (1 - self.linear_weight) * a + self.linear_weight * self.head(self.film_image(f.to(self.ctx)))
+        z = self.head(self.film_image(f.to(self.ctx)))  # [B, C]
+        if self.candidates is not None:
+            z = z[:, self.candidates]
+        return (1 - self.linear_weight) * a + self.linear_weight * z
 
 
 class FiLM(nn.Module):

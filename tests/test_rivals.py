@@ -160,12 +160,12 @@ def test_moves_between_classes_and_candidates(small, name):
         other = RIVALS[name](small, NAMES)
         other.load_state_dict(learner.state_dict())
         assert torch.allclose(other(images), logits, atol=1e-4)
-        if name != "dept":  # whose fused scores are over all its classes
-            assert torch.allclose(learner(images, torch.tensor([2, 0])), logits[:, [2, 0]], atol=1e-4)
+        for classes in ([2, 0], [2, 0, 1]):
+            assert torch.allclose(learner(images, torch.tensor(classes)), logits[:, classes], atol=1e-4)
         learner.set_classes(NAMES[1:] + ["gray moon"])
         moved = learner(images)
         assert moved.shape == (2, 3)
-        if name != "dept":
+        if name != "dept":  # whose head is for the first classes
             assert torch.allclose(moved[:, :2], logits[:, 1:], atol=1e-4)
         learner.set_classes(NAMES)
         assert torch.allclose(learner(images), logits, atol=1e-4)
