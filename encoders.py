@@ -77,7 +77,8 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
         elif context is not None:  # [H, L, w], at the start of each suffix
             if P != 1:
                 raise ValueError(f"contexts of each prompt's own need a prefix of the start token alone, not of {P}")
-            x = x.index_copy(0, rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten(), context.flatten(0, 1))
+            own = rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten()  # [H*L], their rows in x
+            x = x.index_copy(0, own, context.flatten(0, 1).to(x.dtype))  # autocast may give it in half
         q, k, v = project(block, x)  # [heads, P + N, w/heads]
         if block is layers[-1]:
             break

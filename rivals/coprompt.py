@@ -26,6 +26,7 @@ class CoPrompt(MaPLe):
     before a loss is asked for. `sentence` fixes which of them is taken; None draws one per step.
     """
 
+    # the authors' code; Food101 takes 5 epochs
     recipe = {"optimizer": "sgd", "epochs": 8, "lr": 0.0035, "batch_size": 4, "augmentation": "randaugment"}
     views = 2  # of each training image, drawn independently
     new_phase_refused = (
@@ -56,7 +57,7 @@ class CoPrompt(MaPLe):
 
     def image_features(self, images):
         """f' [B, d] of images [B, 3, h, w], or of a pair of views, whose first it takes; unit length."""
-        first = images[0] if isinstance(images, tuple) else images
+        first = images[0] if isinstance(images, (tuple, list)) else images
         context, *deep = self.visual_contexts()
         f = encode_images_fast(self.clip_model, first, context, deep)
         return F.normalize(0.9 * f + 0.1 * self.adapter_image(f), dim=-1)
@@ -67,15 +68,15 @@ class CoPrompt(MaPLe):
         images: a pair of views, [B, 3, h, w] each; one view alone serves as both. f: f' [B, d] of the first.
         ValueError: a class has no sentences.
         """
-        second = images[1] if isinstance(images, tuple) else images
+        second = images[1] if isinstance(images, (tuple, list)) else images
         if self.bank is None:
             self.bank = sentence_bank(self.clip_model, self.classnames, self.sentences)
-        w = self.text_features() if self.encoded is None else self.encoded
+        w = (self.text_features() if self.encoded is None else self.encoded).to(self.ctx.dtype)  # as mao.py: float32
         self.encoded = None  # the step's graph is not kept
         k = torch.randint(len(self.bank), ()).item() if self.sentence is None else self.sentence
         f_0, w_0 = frozen_image_features(self.clip_model, second), self.bank[k]  # of frozen CLIP
-        text = 1 - F.cosine_similarity(w, w_0.to(w.dtype)).mean()
-        image = 1 - F.cosine_similarity(f, f_0.to(f.dtype)).mean()
+        text = 1 - F.cosine_similarity(w, w_0.to(w)).mean()
+        image = 1 - F.cosine_similarity(f.to(w), f_0.to(w)).mean()
         return self.weight * (text + image)
 
 

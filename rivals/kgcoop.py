@@ -42,6 +42,6 @@ class KgCoOp(PromptLearner):
 
     def other_losses(self, images, f):
         """The anchor loss over all classes, weighted: a scalar. It does not depend on the images."""
-        w = self.text_features() if self.encoded is None else self.encoded
+        w = (self.text_features() if self.encoded is None else self.encoded).to(self.ctx.dtype)  # as mao.py: float32
         self.encoded = None  # the step's graph is not kept
-        return self.weight * (1 - F.cosine_similarity(w, self.anchors.to(w.dtype)).mean())
+        return self.weight * (1 - F.cosine_similarity(w, self.anchors.to(w)).mean())

@@ -82,6 +82,36 @@ def test_the_fast_encoders_equal_the_plain_ones(monkeypatch, learner_class):
         assert torch.allclose(plain, fast, rtol=0, atol=1e-12) and plain.abs().max() > 0
 
 
+def test_contexts_of_each_prompts_own(monkeypatch, small):
+    """[H, L, w] before one layer, nothing before another: fast equals plain in float64, values and gradients."""
+    monkeypatch.setattr(clip.model.LayerNorm, "forward", torch.nn.LayerNorm.forward)  # no cast to float32
+    torch.manual_seed(0)
+    model = load_clip("demo")[0].double()
+    learner = CoOp(model, NAMES)
+    shared, own = (torch.randn(*shape, 4, 128).double().requires_grad_() for shape in ((), (3,)))
+    prompts, ends = learner.prompts()
+    suffix = torch.cat([learner.ctx.expand(3, -1, -1), learner.suffix], dim=1)
+    results = []
+    for deep in ([None, own], [own, None, own], [own[0], None]):
+        plain = encode_text(model, prompts, ends, deep)
+        if deep[0] is None or deep[0].ndim == 3:
+            fast = encode_text_fast(model, learner.start, suffix, 4 + learner.ends, deep)
+        else:  # one for all
+            fast = encode_text_fast(model, learner.prefix(), learner.suffix, learner.ends, deep)
+        weight = torch.randn_like(plain)
+        for g in (plain, fast):
+            results.append([g, *torch.autograd.grad((g * weight).sum(), [learner.ctx, own])])
+    for plain, fast in zip(results[::2], results[1::2]):
+        for a, b in zip(plain, fast):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12) and a.abs().max() > 0
+    repeated = encode_text(model, prompts, ends, [None, shared.expand(3, -1, -1)])
+    assert torch.equal(repeated, encode_text(model, prompts, ends, [None, shared]))
+    with pytest.raises(ValueError, match="need a prefix of the start token alone, not of 5"):
+        encode_text_fast(model, learner.prefix(), learner.suffix, learner.ends, [None, own])
+    # Autocast may give contexts another type than the tokens have; a GPU's does not make them equal.
+    encode_text_fast(model, learner.start, suffix, 4 + learner.ends, [None, own.float()])
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("code ran",))
