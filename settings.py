@@ -33,13 +33,8 @@ SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEARNER_OPTIONS = [
-    "n_ctx",
-    "ctx_init",
-    "depth",
-    "n_ctx_vision",
-    "depth_vision",
-]  # each goes to the learners that have it
+# Each goes to those learners whose class takes it.
+LEARNER_OPTIONS = ["n_ctx", "ctx_init", "depth", "n_ctx_vision", "depth_vision", "insert_before", "prompts"]
 
 
 def parser(description=None):

@@ -241,6 +241,13 @@ def test_the_learning_rate_by_hand():
         (["--n-ctx", "80"], "does not fit CLIP's 77 positions"),
         (["--depth", "2"], "--depth is no setting of coop"),
         (["--backbone", "maple", "--depth", "5"], "a prompt depth of 5 does not fit"),
+        (["--prompts", "3"], "--prompts is no setting of coop"),
+        (["--backbone", "tcp", "--insert-before", "9"], "--insert-before 9 does not fit: this CLIP takes 1 to 3"),
+        (["--backbone", "kgcoop", "--sentences", "x.json"], "--sentences is no setting of kgcoop"),
+        (["--backbone", "coprompt", "--sentences", "nowhere.json"], "cannot read --sentences nowhere.json"),
+        (["--backbone", "coprompt"], "coprompt needs sentences on the classes: give --sentences FILE"),
+        (["--backbone", "cocoop", "--pseudo-labeler", "tuned"], "--pseudo-labeler tuned has no place with cocoop"),
+        (["--backbone", "dept", "--cache-views", "2"], "--cache-views needs a frozen image side"),
         (["--eval", "nowhere"], "config.json is missing"),
     ],
 )
