@@ -367,6 +367,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
         cwd=pathlib.Path(run.__file__).parent,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.time() + 120
     while not list(tmp_path.rglob("metrics.jsonl")) and time.time() < deadline:
