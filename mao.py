@@ -4,7 +4,7 @@ This file needs PyTorch alone: copy it. A prompt learner, the paper's "backbone"
 
     text_features(classes=None)  g: [H, d], of the classes in the index tensor `classes` [H];
                                  [n, d], of all n classes, where it is None
-    image_features(images)       f: [B, d], of images as the loader brings them
+    image_features(images)       f: [B, d], of images as the loader brings them; unit length, as g
     logit_scale                  the multiplier 1/tau, 100 for the released CLIPs
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
                                  called last in a step
