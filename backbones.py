@@ -56,6 +56,7 @@ class PromptLearner(nn.Module):
         self.start = embedded[0, :1]  # the start token                              [1, w]
         self.suffix = embedded[:, length:]  # [CLASS], ".", end token, padding       [C, S, w]
         self.ends = ends - length  # the end token's position in its suffix          [C]
+        self.encoded = None  # g [C, d] of the step under way, where a learner's other losses need all classes
 
     @property
     def logit_scale(self):
@@ -88,6 +89,12 @@ class PromptLearner(nn.Module):
     def text_features(self, classes=None):
         """g(P_t) as `encode_text` has it, of unit length."""
         return F.normalize(self.encode_text(classes), dim=-1)
+
+    def take_encoded(self):
+        """g of all classes [C, d] as the step's `text_features` kept it; the step's graph is then let go."""
+        g = self.text_features() if self.encoded is None else self.encoded
+        self.encoded = None
+        return g
 
     def logits(self, f, g):
         """The scores at test [B, H]: <g, f> / tau of image features f [B, d] and text features g [H, d] (Eq. 3)."""
@@ -186,7 +193,6 @@ class PromptSRC(PromptLearner):
         super().set_classes(classnames)
         self.classnames = classnames
         self.frozen_text = None  # g_0 [C, d], computed where a loss needs it
-        self.encoded = None  # g [C, d] of the step under way
 
     def deep_text(self):
         return [self.text_prompts[str(layer)] for layer in range(1, 1 + len(self.text_prompts))]
@@ -217,8 +223,7 @@ class PromptSRC(PromptLearner):
             f_0 = frozen_image_features(self.clip_model, images)
         if self.frozen_text is None:  # the mean over 60 templates
             self.frozen_text = zero_shot_text_features(self.clip_model, self.classnames, TEMPLATES)
-        g = self.text_features() if self.encoded is None else self.encoded
-        self.encoded = None  # the step's graph is not kept
+        g = self.take_encoded()
         f, g, f_0, g_0 = (features.to(self.ctx.dtype) for features in (f, g, f_0, self.frozen_text))
         with torch.autocast(f.device.type, enabled=False):
             prompted = (self.logit_scale * f @ g.T).log_softmax(dim=-1)  # [B, C]

@@ -23,7 +23,7 @@ class Phase:
             dataset,
             batches,
             args.seed,
-            1 + ["base", "new"].index(name),
+            {"base": 1, "new": 2}[name],
             args.workers,
             args.device == "cuda",
             args.cache_views,
@@ -88,8 +88,11 @@ class Phase:
         self.record.epoch({**line, **dict(more)})
 
 
-def make_optimizer(learner, lr, optimizer, eps, lr_factors, augmentation):
-    """SGD or Adam over the learner's prompts. lr_factors: of the rate, for parameters by the start of their name."""
+def make_optimizer(learner, lr, optimizer, eps, lr_factors):
+    """SGD or Adam over the learner's prompts.
+
+    lr_factors: what multiplies the rate, by the first part of a parameter's name, or None.
+    """
     groups = {}
     for name, parameter in learner.named_parameters():
         factor = (lr_factors or {}).get(name.split(".")[0], 1)

@@ -1,10 +1,12 @@
 """Tunes prompts with and without MAO on a few-shot task, base-to-new unless told otherwise, and scores them (Table 1).
 
-python run.py                                        the embedded demo: no network, no GPU, some 3 minutes
-python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
-python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
-python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
-python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
+    python run.py                                        the embedded demo: no network, no GPU, some 3 minutes
+    python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
+    python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
+    python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
+    python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
+
+Each row of the table leaves its prompts and scores in a folder under --out.
 """
 
 import pathlib
@@ -140,7 +142,7 @@ def new_phase(learner, clip_model, task, args, record):
 def augmentation(learner, clip_model, task, args):
     """The transform of training images: CoOp's, unless the learner's recipe has another; as many views as it wants."""
     pixels = clip_model.visual.input_resolution
-    if args.optimizer["augmentation"] == "randaugment":
+    if args.augmentation == "randaugment":
         transform = randaugment_transform(pixels)
     else:
         transform = train_transform(pixels, task.crop_scale)

@@ -13,7 +13,7 @@ from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, PROTOCOLS
 from images import default_workers
 from rivals import BACKBONES, RIVALS
-from rivals.coprompt import sentence_bank
+from rivals.coprompt import sentence_lists
 from sampler import paper_batch
 
 
@@ -30,6 +30,7 @@ RECIPES = {  # section 4.1 and appendix B
     "cross-dataset": Recipe(5, 0.0035),  # every row of Table 2
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
+BATCH_SIZE = 32  # section 4.1: of the backbone, and of MAO's new phase
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +86,7 @@ def parser(description=None):
     add("--epochs", type=at_least(2), metavar="N", help=f"default: {total}, MAO halves them; cross-dataset {cross}, "
         "not halved")  # fmt: skip
     add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone_lr}, MAO and cross-dataset {mao_lr}")
-    add("--batch-size", **count, help="of the backbone and of MAO's new phase (default: 32)")
+    add("--batch-size", **count, help=f"of the backbone and of MAO's new phase (default: {BATCH_SIZE})")
     add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
     add("--cache-views", **count, help="coop: encode N views of each image once, draw from them (default: none)")
@@ -196,7 +197,7 @@ def fit(args, task, clip_model):
         names = names + test.names
     learner = BACKBONES[args.backbone](clip_model, names, **args.settings)  # raises where a name does not fit
     if hasattr(learner, "sentences"):
-        sentence_bank(clip_model, task.base_names, read_sentences(args))  # raises where a class has none
+        sentence_lists(clip_model, task.base_names, read_sentences(args))  # raises where a class has none
     count = len(task.base_names)  # C_b
     anchors, top_k = paper_batch(count)
     args.anchors = anchors if args.anchors is None else args.anchors
@@ -208,9 +209,8 @@ def fit(args, task, clip_model):
             f"b*K = {args.anchors}*{args.top_k} exceeds the {count} base classes: reg-B may become plain "
             "cross-entropy (appendix B wants --anchors times --top-k within the classes)"
         )
-    refused = getattr(BACKBONES[args.backbone], "new_phase_refused", None)
-    if refused and "mao" in args.method and task.new_names and not args.no_new:
-        warn(refused)
+    if "mao" in args.method and has_new_phase(args, "mao", task) and new_phase_refused(args):
+        warn(new_phase_refused(args))
     if "mao" in args.method and args.epochs < 4 and args.protocol != "cross-dataset":
         warn(f"--epochs {args.epochs} leaves MAO a phase of one epoch, which is the warm-up at {WARMUP_LR}")
 
@@ -219,14 +219,14 @@ def row(args, method, task):
     """The settings of one row of the table: `args` with its method, and what its phases are tuned with.
 
     base, new: a `Recipe`, or None where the row lacks that phase. MAO has a new phase where the task has new classes.
-    batch_size: of phases without hard negatives. optimizer: {"optimizer", "eps", "lr_factors", "augmentation"}, a
-    rival's own or SGD's. A rival without MAO has its own recipe too, unless --recipe paper; MAO's is appendix B's.
+    batch_size: of phases without hard negatives. optimizer, augmentation: a rival's own or CoOp's. A rival without MAO
+    has its own epochs, rate and batch too, unless --recipe paper; MAO's are appendix B's.
     """
-    own = dict(getattr(BACKBONES[args.backbone], "recipe", {"optimizer": "sgd"}))
-    if args.recipe == "paper":
-        own = {"optimizer": "sgd"}
-    optimizer = {key: own.get(key) for key in ("optimizer", "eps", "lr_factors", "augmentation")}
-    batch_size = 32
+    own = {"optimizer": "sgd"}
+    if args.recipe == "own":
+        own = getattr(BACKBONES[args.backbone], "recipe", own)
+    optimizer = {key: own.get(key) for key in ("optimizer", "eps", "lr_factors")}
+    batch_size, epochs_given = BATCH_SIZE, "epochs" in args.changed
 
     def recipe(name, epochs):
         return Recipe(epochs, RECIPES[name].lr if args.lr is None else args.lr)
@@ -235,21 +235,31 @@ def row(args, method, task):
     if args.protocol == "cross-dataset" and method != "zeroshot":
         base = recipe("cross-dataset", args.epochs)
     elif method == "mao" and not args.no_base:
-        base = recipe("mao", args.epochs - args.epochs // 2)  # an odd epoch goes to the base phase
+        # An odd epoch goes to the base phase.
+        base = recipe("mao", args.epochs - args.epochs // 2 if epochs_given else RECIPES["mao"].epochs)
     elif method != "zeroshot":
         base = recipe("backbone", args.epochs)
         batch_size = own.get("batch_size", batch_size)
-        if "epochs" in own and "epochs" not in args.changed:
-            base = Recipe(own["epochs"], base.lr)
+        if "epochs" in own and not epochs_given:
+            base = base._replace(epochs=own["epochs"])
         if "lr" in own and args.lr is None:
-            base = Recipe(base.epochs, own["lr"])
-    refused = getattr(BACKBONES[args.backbone], "new_phase_refused", None)
-    if method == "mao" and task.new_names and not args.no_new and not refused:
-        new = recipe("mao", args.epochs // 2)
+            base = base._replace(lr=own["lr"])
+    if has_new_phase(args, method, task) and not new_phase_refused(args):
+        new = recipe("mao", args.epochs // 2 if epochs_given else RECIPES["mao"].epochs)
     if args.batch_size is not None:
         batch_size = args.batch_size
-    settings = {**vars(args), "method": method, "base": base, "new": new, "batch_size": batch_size}
-    return argparse.Namespace(**settings, optimizer=optimizer)
+    tuned_with = {"base": base, "new": new, "batch_size": batch_size, "augmentation": own.get("augmentation")}
+    return argparse.Namespace(**{**vars(args), "method": method, "optimizer": optimizer, **tuned_with})
+
+
+def has_new_phase(args, method, task):
+    """Whether a row is to have MAO's new phase."""
+    return method == "mao" and bool(task.new_names) and not args.no_new
+
+
+def new_phase_refused(args):
+    """Why the backbone cannot have a new phase, a sentence, or None."""
+    return getattr(BACKBONES[args.backbone], "new_phase_refused", None)
 
 
 def in_force(row, task, clip_sha256):

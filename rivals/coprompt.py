@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backbones import MaPLe
-from encoders import encode_images_fast, frozen_image_features, zero_shot_text_features
+from encoders import encode_images_fast, frozen_image_features, tokenize, zero_shot_text_features
 
 
 class CoPrompt(MaPLe):
@@ -47,7 +47,6 @@ class CoPrompt(MaPLe):
         super().set_classes(classnames)
         self.classnames = classnames
         self.bank = None  # the sentences' features [K, C, d], computed where a loss needs them
-        self.encoded = None  # w' [C, d] of the step under way
 
     def text_features(self, classes=None):
         """w' of all classes [C, d], or of those in an index tensor [H, d]; unit length. All C are encoded, once."""
@@ -71,8 +70,7 @@ class CoPrompt(MaPLe):
         second = images[1] if isinstance(images, (tuple, list)) else images
         if self.bank is None:
             self.bank = sentence_bank(self.clip_model, self.classnames, self.sentences)
-        w = (self.text_features() if self.encoded is None else self.encoded).to(self.ctx.dtype)  # as mao.py: float32
-        self.encoded = None  # the step's graph is not kept
+        w = self.take_encoded().to(self.ctx.dtype)  # as mao.py: float32
         k = torch.randint(len(self.bank), ()).item() if self.sentence is None else self.sentence
         f_0, w_0 = frozen_image_features(self.clip_model, second), self.bank[k]  # of frozen CLIP
         text = 1 - F.cosine_similarity(w, w_0.to(w)).mean()
@@ -90,10 +88,11 @@ def adapter(features):
     return net
 
 
-def sentence_bank(clip_model, classnames, sentences):
-    """Frozen CLIP's features of K sentences for each class, unit length: [K, C, d].
+def sentence_lists(clip_model, classnames, sentences):
+    """The sentences of each class, lists of K strings, checked but not encoded.
 
-    sentences: a dict, class name -> list of strings. ValueError: none at all, none for a class, or unequal numbers.
+    sentences: a dict, class name -> list of strings. ValueError: none at all, none for a class, unequal numbers, or one
+    that is longer than CLIP's context.
     """
     if sentences is None:
         raise ValueError(
@@ -107,4 +106,12 @@ def sentence_bank(clip_model, classnames, sentences):
         lists.append(found)
     if len({len(found) for found in lists}) > 1:
         raise ValueError("--sentences must have as many sentences for each class: shorten the longer lists")
+    for found in lists:
+        tokenize(clip_model, [sentence.replace("_", " ") for sentence in found])
+    return lists
+
+
+def sentence_bank(clip_model, classnames, sentences):
+    """Frozen CLIP's features of the K sentences of each class, unit length [K, C, d]. Errors as `sentence_lists`."""
+    lists = sentence_lists(clip_model, classnames, sentences)
     return torch.stack([zero_shot_text_features(clip_model, of_all_classes, ["{}"]) for of_all_classes in zip(*lists)])

@@ -29,7 +29,6 @@ class KgCoOp(PromptLearner):
     def set_classes(self, classnames):
         super().set_classes(classnames)
         self.anchors = zero_shot_text_features(self.clip_model, classnames, [self.template])  # w0 [C, d]
-        self.encoded = None  # w [C, d] of the step under way
 
     def text_features(self, classes=None):
         """w, as of any prompt learner. All C classes are encoded, once per step: the anchor loss needs them."""
@@ -42,6 +41,5 @@ class KgCoOp(PromptLearner):
 
     def other_losses(self, images, f):
         """The anchor loss over all classes, weighted: a scalar. It does not depend on the images."""
-        w = (self.text_features() if self.encoded is None else self.encoded).to(self.ctx.dtype)  # as mao.py: float32
-        self.encoded = None  # the step's graph is not kept
+        w = self.take_encoded().to(self.ctx.dtype)  # as mao.py: float32
         return self.weight * (1 - F.cosine_similarity(w, self.anchors.to(w)).mean())

@@ -47,7 +47,6 @@ class TCP(PromptLearner):
     def set_classes(self, classnames):
         super().set_classes(classnames)
         self.anchors = zero_shot_text_features(self.clip_model, classnames, [self.template])  # w0 [C, d]
-        self.encoded = None  # w [C, d] of the step under way
 
     def text_features(self, classes=None):
         """w of all classes [C, d], or of those in an index tensor [H, d]; unit length. All C are encoded, once.
@@ -66,6 +65,5 @@ class TCP(PromptLearner):
 
     def other_losses(self, images, f):
         """The anchor loss over all classes, weighted: a scalar. It does not depend on the images."""
-        w = (self.text_features() if self.encoded is None else self.encoded).to(self.ctx.dtype)  # as mao.py: float32
-        self.encoded = None  # the step's graph is not kept
+        w = self.take_encoded().to(self.ctx.dtype)  # as mao.py: float32
         return self.weight * (1 - F.cosine_similarity(w, self.anchors.to(w)).mean())

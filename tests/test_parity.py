@@ -41,13 +41,19 @@ def frozen_clip(sizes):
     return model
 
 
+def draw_prompts(learner, one_plus=()):
+    """Puts the recipe's numbers into a learner; parameters in `one_plus` are drawn around 1."""
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            start = 1 if name in one_plus else 0
+            parameter.copy_(start + draw("learnable." + name, parameter.shape, 0.02))
+
+
 def prompt_learner(backbone, figures, dtype):
     meta = json.loads(str(figures["meta"]))
     learner = BACKBONES[backbone](frozen_clip(meta["clip"]).to(dtype), meta["classnames"], **SIZES[backbone])
     assert {name: list(p.shape) for name, p in learner.named_parameters()} == meta["learnable"]
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            parameter.copy_(draw("learnable." + name, parameter.shape, 0.02))
+    draw_prompts(learner)
     return learner, draw("images", (6, 3, 48, 48), 1.0).to(dtype), torch.tensor(meta["labels"])
 
 

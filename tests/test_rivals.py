@@ -10,10 +10,10 @@ import clip
 import numpy as np
 import pytest
 import torch
-from test_parity import close, draw, frozen_clip
+from test_parity import LOSSES, close, draw, draw_prompts, frozen_clip
 
 from encoders import ZeroShot, load_clip
-from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
+from mao import backbone_loss, base_loss, new_loss
 from rivals import RIVALS
 
 NAMES = ["blue circle", "red star", "green_hexagon"]
@@ -39,10 +39,7 @@ def case(request):
     meta = json.loads(str(figures["meta"]))
     learner = RIVALS[request.param](frozen_clip(meta["clip"]), meta["classnames"], **SIZES[request.param])
     assert {name: list(p.shape) for name, p in learner.named_parameters()} == meta["learnable"]
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            start = 1 if name in meta["one_plus"] else 0
-            parameter.copy_(start + draw("learnable." + name, parameter.shape, 0.02))
+    draw_prompts(learner, meta["one_plus"])
     images = draw("images", (6, 3, 48, 48), 1.0)
     if request.param == "coprompt":
         images = images, draw("images2", (6, 3, 48, 48), 1.0)
@@ -68,20 +65,6 @@ def test_logits(case):
         close(learner.logits(f, g), figures["logits"])
     with torch.no_grad():
         close(learner(images), figures.get("test_logits", figures["logits"]))
-
-
-def cross_entropy(learner, images, labels, alterable):
-    classes, targets = candidates(labels) if alterable else (None, labels)
-    f = learner.image_features(images)
-    return alterable_cross_entropy(f, learner.text_features(classes), targets, learner.logit_scale)
-
-
-LOSSES = {
-    "full_ce": lambda *batch: cross_entropy(*batch, alterable=False),
-    "alterable_ce": lambda *batch: cross_entropy(*batch, alterable=True),
-    "full_loss": backbone_loss,
-    "alterable_loss": base_loss,
-}
 
 
 @pytest.mark.parametrize("which", LOSSES)

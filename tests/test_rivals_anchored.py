@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from test_parity import close, draw, frozen_clip
+from test_parity import close, draw, draw_prompts, frozen_clip
 
 import rivals.tcp
 from backbones import PromptLearner
@@ -44,9 +44,8 @@ def test_coprompts_terms_apart():
     learner = CoPrompt(frozen_clip(meta["clip"]), meta["classnames"], depth=3)
     views = draw("images", (6, 3, 48, 48), 1.0), draw("images2", (6, 3, 48, 48), 1.0)
     bank = draw("bank", (3, 7, 512), 1.0)
+    draw_prompts(learner)
     with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            parameter.copy_(draw("learnable." + name, parameter.shape, 0.02))
         f, w = learner.image_features(views), learner.text_features()
         learner.bank, learner.sentence = w[None], 0  # the text is its own teacher: its term is 0
         image = learner.other_losses(views, f)

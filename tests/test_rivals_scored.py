@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from test_parity import close, draw, frozen_clip
+from test_parity import close, draw, draw_prompts, frozen_clip
 
 import rivals.cocoop
 from encoders import encode_text, load_clip, tokenize
@@ -32,10 +32,7 @@ def case(request):
     meta = json.loads(str(figures["meta"]))
     cls, options = SCORED[request.param]
     learner = cls(frozen_clip(meta["clip"]), meta["classnames"], **options)
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            start = 1 if name in meta["one_plus"] else 0
-            parameter.copy_(start + draw("learnable." + name, parameter.shape, 0.02))
+    draw_prompts(learner, meta["one_plus"])
     learner.drawn = meta["settings"].get("drawn")  # of ProDA
     return request.param, figures, learner, learner.image_features(draw("images", (6, 3, 48, 48), 1.0)), meta["labels"]
 
