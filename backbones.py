@@ -1,7 +1,12 @@
-"""Eq. 1: the three prompt learners of the paper, each to be read alone. A prompt learner of yours: docs/backbone.md.
+"""Eq. 1: the three prompt learners of the paper. A prompt learner of yours: docs/backbone.md.
 
-A prompt learner gives `text_features(classes=None)`, `image_features(images)` and `logit_scale`, as mao.py wants them.
-Its parameters, and so its `state_dict()`, are its prompts alone. CLIP is frozen and stands in encoders.py.
+Read `PromptLearner` first, and after it any of the three alone. A prompt learner gives `text_features(classes=None)`,
+`image_features(images)` and `logit_scale`, as mao.py wants them. CLIP is frozen and stands in encoders.py.
+
+A context is what is learned: L vectors, P of Eq. 1. A prompt is what an encoder reads. The textual prompt P_t is the
+start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. Some
+learners have deep contexts too, which replace the first one between two layers. A learner's `state_dict()` holds its
+contexts, and what else it learns, alone.
 """
 
 import copy
@@ -10,7 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from encoders import encode_images_fast, encode_text_fast, frozen_image_features, tokenize, zero_shot_text_features
+from encoders import (
+    encode_images_fast,
+    encode_text,
+    encode_text_fast,
+    frozen_image_features,
+    tokenize,
+    zero_shot_text_features,
+)
+from mao import similarity_logits
 
 
 class PromptLearner(nn.Module):
@@ -33,7 +46,7 @@ class PromptLearner(nn.Module):
         if ctx_init:
             self.words = ctx_init
             tokens, ends = tokenize(clip_model, [ctx_init])
-            embedded = clip_model.token_embedding(tokens[0, 1 : ends[0]])  # [tokens, w]
+            embedded = clip_model.token_embedding(tokens[0, 1 : ends[0]])  # a row for each word's token [., w]
             n_ctx = len(embedded) if n_ctx is None else n_ctx
             context, self.fixed = embedded[:n_ctx].clone(), embedded[n_ctx:]
         else:
@@ -63,32 +76,36 @@ class PromptLearner(nn.Module):
         return self.clip_model.logit_scale.exp()  # 1/tau
 
     def deep_text(self):
-        """Contexts [L, w] that replace the first one before layers 1, 2, ...: none unless a learner has them."""
+        """Deep contexts [L, w] of the text side, for `encoders.encode_text`: none unless a learner has them."""
         return []
 
     def prefix(self):
-        """The tokens that all prompts share: start token, P and fixed words [1 + L + words, w]."""
+        """The tokens that all textual prompts share: start token, P and fixed words [A, w]."""
         return torch.cat([self.start, self.ctx, self.fixed])
 
     def prompts(self):
-        """The textual prompts P_t, P and the [CLASS] tokens in one, as `encoders.encode_text` takes them (section 3.1):
-        [C, 77, w], and the end tokens' positions [C].
+        """The textual prompts P_t, whole: P and the [CLASS] tokens in one (section 3.1), padded [C, 77, w]; and the
+        positions of their end tokens, int64 [C].
         """
         prefix = self.prefix()
         prompts = torch.cat([prefix.expand(len(self.suffix), -1, -1), self.suffix], dim=1)
         missing = self.clip_model.context_length - prompts.shape[1]
         return F.pad(prompts, (0, 0, 0, missing)), len(prefix) + self.ends
 
-    def encode_text(self, classes=None):
-        """g(P_t) of all classes [C, d], or of those in an index tensor [H, d], as it leaves the encoder."""
+    def plain_text_features(self):
+        """g(P_t) of all classes, unit length [C, d], plain: for reading, and to hold the fast form against."""
+        return F.normalize(encode_text(self.clip_model, *self.prompts(), self.deep_text()), dim=-1)
+
+    def text_features(self, classes=None):
+        """The same features, fast: of all classes [C, d], or of those in an index tensor [H, d]."""
+        return F.normalize(self.unscaled_text_features(classes), dim=-1)
+
+    def unscaled_text_features(self, classes=None):
+        """`text_features` as they leave the encoder, before they are scaled to unit length."""
         suffix, ends = self.suffix, self.ends  # [C, S, w], [C]
         if classes is not None:
             suffix, ends = suffix[classes], ends[classes.cpu()]  # [H, S, w], [H]
         return encode_text_fast(self.clip_model, self.prefix(), suffix, ends, self.deep_text())
-
-    def text_features(self, classes=None):
-        """g(P_t) as `encode_text` has it, of unit length."""
-        return F.normalize(self.encode_text(classes), dim=-1)
 
     def take_encoded(self):
         """g of all classes [C, d] as the step's `text_features` kept it; the step's graph is then let go."""
@@ -97,8 +114,8 @@ class PromptLearner(nn.Module):
         return g
 
     def logits(self, f, g):
-        """The scores at test [B, H]: <g, f> / tau of image features f [B, d] and text features g [H, d] (Eq. 3)."""
-        return self.logit_scale * f @ g.T
+        """The scores at test [B, H] of image features f [B, d] and text features g [H, d] (Eq. 3)."""
+        return similarity_logits(f, g, self.logit_scale)
 
     def forward(self, images, classes=None):
         """Logits [B, H] of images over all classes, or over those in an index tensor."""
@@ -144,7 +161,7 @@ class MaPLe(PromptLearner):
         return list(self.text_prompts)
 
     def visual_contexts(self):
-        """P_v [L, image width], coupled to the text's P, and those that replace it before layers 1, 2, ..."""
+        """P_v, coupled to the text's P, and the deep contexts of the image side: [L, image width] each."""
         deep = [coupling(context) for coupling, context in zip(self.projections, self.text_prompts)]
         return [self.proj(self.ctx), *deep]
 
@@ -198,7 +215,7 @@ class PromptSRC(PromptLearner):
         return [self.text_prompts[str(layer)] for layer in range(1, 1 + len(self.text_prompts))]
 
     def visual_contexts(self):
-        """P_v [L, image width], and those that replace it before layers 1, 2, ..."""
+        """P_v, and the deep contexts of the image side: [L, image width] each."""
         return list(self.visual_prompts)
 
     def text_features(self, classes=None):
@@ -213,10 +230,10 @@ class PromptSRC(PromptLearner):
         return F.normalize(encode_images_fast(self.clip_model, images, context, deep), dim=-1)
 
     def other_losses(self, images, f):
-        """The three self-consistency losses over all C classes, weighted and summed, a scalar: L1 of text features, L1
-        of image features, KL of the class probabilities, each between prompted and frozen CLIP.
+        """The three self-consistency losses over all C classes, each between prompted and frozen CLIP: a scalar.
 
-        images: as of `image_features`. f: [B, d], what that returned.
+        They are the L1 of text features, the L1 of image features, and the KL of the class probabilities, divided by
+        B*C as in the authors' code; weighted and summed. images: as of `image_features`. f: [B, d], what that returned.
         """
         images, f_0 = images if isinstance(images, tuple) else (images, None)
         if f_0 is None:
@@ -234,9 +251,8 @@ class PromptSRC(PromptLearner):
     @torch.no_grad()
     def epoch_end(self, epoch, epochs):
         """Adds the prompts after epoch 1..epochs to a Gaussian-weighted sum; after the last the sum is the prompts."""
-        weights = (-(((torch.arange(1, epochs + 1) - self.average_mean) / self.average_std).double() ** 2) / 2).softmax(
-            0
-        )
+        deviations = ((torch.arange(1, epochs + 1) - self.average_mean) / self.average_std).double()
+        weights = (-(deviations**2) / 2).softmax(0)  # [epochs]
         if epoch == 1:
             self.average = {name: torch.zeros_like(value) for name, value in self.state_dict().items()}
         for name, value in self.state_dict().items():

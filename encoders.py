@@ -2,7 +2,9 @@
 
 The model is the `clip` package's own, with its own weights. Each encoder stands here twice. The plain form runs every
 position through clip's own modules, as the authors' releases do. The fast form below it computes the same numbers with
-less work; tests/test_encoders.py ties the two together, values and gradients, in float64.
+less work, and all else here runs it. tests/test_encoders.py ties the two together, values and gradients, in float64.
+
+Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in clip's order.
 """
 
 import hashlib
@@ -30,7 +32,8 @@ def encode_text(clip_model, prompts, ends, deep=()):
 
     prompts: embedded prompts P_t, padded to CLIP's 77 positions [H, 77, w]. ends: int64 [H], the positions of their
     end-of-text tokens, whose outputs are the features. deep: contexts [L, w], or [H, L, w] where each prompt has its
-    own; deep[i] replaces positions 1..L before layer i + 1, None replaces nothing. Returns [H, d], not normalized.
+    own. deep[i] replaces the outputs of layer i at positions 1..L; None replaces nothing. Returns [H, d], not
+    normalized.
     """
     x = (prompts + clip_model.positional_embedding).transpose(0, 1)  # [77, H, w], as clip's modules want it
     for layer, block in enumerate(clip_model.transformer.resblocks):
@@ -43,31 +46,29 @@ def encode_text(clip_model, prompts, ends, deep=()):
 
 
 def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
-    """The same features of prompts that share their first P tokens.
+    """The same features of prompts that share their first A tokens.
 
-    prefix: [P, w], the shared tokens: start token and context. suffix: [H, S, w], what follows in each prompt. ends:
+    prefix: [A, w], the shared tokens: start token and context. suffix: [H, S, w], what follows in each prompt. ends:
     int64 [H], the end-of-text tokens' positions in the suffix. deep: as in `encode_text`. Returns [H, d]. ValueError:
     a context for each prompt [H, L, w], but more is shared than the start token.
 
     Attention is causal, so a token depends on earlier ones only, and three savings are exact. The prefix runs once
-    instead of H times. Tokens after a prompt's end are left out; the N kept suffix tokens are packed one after the
+    instead of H times. Tokens after a prompt's end are left out; the T kept suffix tokens are packed one after the
     other. The last layer runs for the end tokens alone.
     """
-    (P, _), (H, S, _) = prefix.shape, suffix.shape
+    (A, _), (H, S, _) = prefix.shape, suffix.shape
     position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
     real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S], whether a suffix token is kept
-    kept = real.nonzero()[:, 0].to(device)  # [N], which are
-    rows = (P - 1 + real.cumsum(0)).to(device)  # [H*S], the row of each in x; one after an end has that end's row
-    mask = torch.ones(S, P + S, dtype=torch.bool, device=device).tril(P)  # a token sees the prefix and its past
-    x = torch.cat([prefix + position[:P], (suffix + position[P : P + S]).flatten(0, 1)[kept]])  # [P + N, w]
+    kept = real.nonzero()[:, 0].to(device)  # [T], which are
+    rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], the row of each in x; one after an end has that end's row
+    mask = torch.ones(S, A + S, dtype=torch.bool, device=device).tril(A)  # a token sees the prefix and its past
+    x = torch.cat([prefix + position[:A], (suffix + position[A : A + S]).flatten(0, 1)[kept]])  # [A + T, w]
 
-    def unpacked(k):  # [heads, P + N, .] -> [heads, H, S, .]
+    def unpacked(k):  # queries, keys or values prompt by prompt: [heads, A + T, .] -> [heads, H, S, .]
         return k.index_select(1, rows).unflatten(1, (H, S))
 
-    def with_prefix(
-        k,
-    ):  # each prompt's keys or values behind the shared ones: [heads, P + N, .] -> [heads, H, P + S, .]
-        return torch.cat([k[:, None, :P].expand(-1, H, -1, -1), unpacked(k)], dim=2)
+    def with_prefix(k):  # the same behind the shared tokens: [heads, A + T, .] -> [heads, H, A + S, .]
+        return torch.cat([k[:, None, :A].expand(-1, H, -1, -1), unpacked(k)], dim=2)
 
     layers = clip_model.transformer.resblocks
     for layer, block in enumerate(layers):
@@ -75,14 +76,14 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
         if context is not None and context.ndim == 2:  # [L, w], shared
             x = torch.cat([x[:1], context, x[1 + len(context) :]])
         elif context is not None:  # [H, L, w], at the start of each suffix
-            if P != 1:
-                raise ValueError(f"contexts of each prompt's own need a prefix of the start token alone, not of {P}")
+            if A != 1:
+                raise ValueError(f"contexts of each prompt's own need a prefix of the start token alone, not of {A}")
             own = rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten()  # [H*L], their rows in x
             x = x.index_copy(0, own, context.flatten(0, 1).to(x.dtype))  # autocast may give it in half
-        q, k, v = project(block, x)  # [heads, P + N, w/heads]
+        q, k, v = project(block, x)  # [heads, A + T, w/heads]
         if block is layers[-1]:
             break
-        p = F.scaled_dot_product_attention(q[None, :, :P], k[None, :, :P], v[None, :, :P], is_causal=True)[0]
+        p = F.scaled_dot_product_attention(q[None, :, :A], k[None, :, :A], v[None, :, :A], is_causal=True)[0]
         s = F.scaled_dot_product_attention(unpacked(q), with_prefix(k), with_prefix(v), mask)
         x = finish(block, x, torch.cat([p, s.flatten(1, 2).index_select(1, kept)], dim=1))
     end_rows = rows[S - 1 :: S]  # [H]
@@ -111,8 +112,8 @@ def image_tokens(visual, images, context=None):
 def encode_images(clip_model, images, context=None, deep=()):
     """f, plain: a ViT's layers by clip's own modules; a ResNet runs as clip has it (section 3.1).
 
-    images: [B, 3, h, w]. context: the visual prompt P_v [L, w]. deep: contexts [L, w]; deep[i] replaces it before
-    layer i + 1. Returns [B, d], not normalized.
+    images: [B, 3, h, w]. context: the visual prompt P_v [L, w], or None. deep: contexts [L, w]; deep[i]
+    replaces the outputs of layer i at its positions. Returns [B, d], not normalized.
     """
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):
@@ -173,8 +174,8 @@ def load_clip(name="ViT-B/16", device="cpu"):
     """The frozen CLIP: (clip.model.CLIP in float32, SHA-256 of its file).
 
     name: "demo", the small CLIP that comes along; a published model, which the clip package downloads on first use and
-    checks; or a checkpoint file: a published archive, a state dict by torch.save, or .safetensors. Other pickles are
-    refused. FileNotFoundError: no such file, or it cannot be downloaded. ValueError: not a CLIP checkpoint.
+    checks; or a checkpoint file. That is a published archive, a state dict by torch.save, or .safetensors. Other
+    pickles are refused. FileNotFoundError: no such file, or it cannot be downloaded. ValueError: not a CLIP checkpoint.
     """
     published = {model: url.split("/")[-2] for model, url in clip.clip._MODELS.items()}  # the SHA-256 is in the address
     path = DEMO_WEIGHTS if name == "demo" else pathlib.Path(name)
@@ -235,19 +236,21 @@ def zero_shot_text_features(clip_model, classnames, templates):
     parts = []
     for first in range(0, len(texts), 256):
         tokens, ends = tokenize(clip_model, texts[first : first + 256])
-        embedded = clip_model.token_embedding(tokens)  # [256, T, w]
+        embedded = clip_model.token_embedding(tokens)  # [up to 256, T, w]
         parts.append(encode_text_fast(clip_model, embedded[0, :1], embedded[:, 1:], ends - 1))
     return F.normalize(torch.cat(parts).unflatten(0, (len(classnames), -1)).mean(dim=1), dim=-1)
 
 
 @torch.no_grad()
 def frozen_image_features(clip_model, images):
-    """Frozen CLIP's f(I) of images [B, 3, h, w], unit length [B, d]; features [B, d] pass as they are."""
+    """Frozen CLIP's f(I), unit length [B, d], of images [B, 3, h, w]; features [B, d] pass as they are."""
     return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)
 
 
 class ZeroShot(nn.Module):
-    """CLIP on fixed prompts, nothing learned: the table's zero-shot CLIP, and the foundation CLIP of Eq. 7.
+    """CLIP on fixed prompts, nothing learned: the zero-shot CLIP of the table, and the foundation CLIP of Eq. 7.
+
+    They differ in the words alone. The table's takes those of each test set, Eq. 7's "a photo of a {}.".
 
     clip_model: of `load_clip`. classnames: C names. template: "a photo of a {}." in the paper (section 2).
     """

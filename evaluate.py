@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data import task_of
 from encoders import ZeroShot, load_clip
 from images import Images, model_input, test_transform
+from mao import similarity_logits
 from record import COST, read_folder, read_prompts
 from rivals import BACKBONES
 
@@ -48,7 +49,7 @@ class Tests:
         return self.features[name]
 
 
-def score(learner, prompts, task, tests):
+def score(learner, states, task, tests):
     """The scores of a row, in percent and in the order of the table, a dict.
 
     Of base-to-new "base", "new", "h" (section 4.2) and "base_by_final_prompt", which the paper does not report; of
@@ -56,20 +57,20 @@ def score(learner, prompts, task, tests):
     the prompts after phase 1, new classes by the last ones (Tables 4 and 8). None: there is no test image of the new
     classes.
 
-    prompts: state dicts {"base", "new"}, or None for zero-shot CLIP. tests: the task's `Tests`.
+    states: the learner's state dicts {"base", "new"}, or None for zero-shot CLIP. tests: the task's `Tests`.
     """
     scores = {}
     for name, test in task.tests.items():
-        if prompts is None:
+        if states is None:
             learner.set_classes(test.names, test.template)
         else:
             learner.set_classes(test.names)
-            learner.load_state_dict(prompts["new" if name == "new" else "base"])
+            learner.load_state_dict(states["new" if name == "new" else "base"])
         scores[name] = accuracy(learner, tests.batches(name, learner), tests.device)
     if "base" in task.tests:
-        if prompts is not None:
+        if states is not None:
             learner.set_classes(task.tests["base"].names)
-            learner.load_state_dict(prompts["new"])
+            learner.load_state_dict(states["new"])
             final = accuracy(learner, tests.batches("base", learner), tests.device)
         else:
             final = scores["base"]
@@ -108,7 +109,7 @@ def scorer(learner):
         text = learner.text_features() if text_depends_on_image else g
         if hasattr(learner, "logits"):
             return learner.logits(f, text)
-        return learner.logit_scale * f @ text.T
+        return similarity_logits(f, text, learner.logit_scale)
 
     return logits
 
@@ -143,15 +144,15 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     clip_model, sha256 = load_clip(clip or config["clip"], device)
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
-        learner, prompts = zero_shot, None
+        learner, states = zero_shot, None
     else:
         learner = BACKBONES[config["backbone"]](clip_model, task.base_names, **config["settings"])
-        prompts = {"base": read_prompts(folder / "base.safetensors", config["backbone"], sha256)}
-        prompts["new"] = prompts["base"]
+        states = {"base": read_prompts(folder / "base.safetensors", config["backbone"], sha256)}
+        states["new"] = states["base"]
         if config["new_lr"] is not None:  # the row had a new phase
-            prompts["new"] = read_prompts(folder / "new.safetensors", config["backbone"], sha256)
+            states["new"] = read_prompts(folder / "new.safetensors", config["backbone"], sha256)
     try:
-        scores = score(learner, prompts, task, Tests(task, zero_shot, device, workers))
+        scores = score(learner, states, task, Tests(task, zero_shot, device, workers))
     except RuntimeError as error:
         raise ValueError(f"the prompts in {folder} do not fit the settings in its config.json: run it again") from error
     show(config, [(config["method"], {**result, **scores})], BACKBONES[config["backbone"]].__name__)

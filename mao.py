@@ -1,28 +1,29 @@
 """The losses of MAO: the backbone's own (section 3.1), reg-B (section 3.2) and reg-N (section 3.3).
 
-This file needs PyTorch alone: copy it. A prompt learner, the paper's "backbone", is any object with
+This file needs PyTorch alone: copy it. Symbols, here and in the other files:
+
+    I, f(I)    an image, and its feature; f: [B, d] are those of a batch of B images
+    C, g(C)    the classes a learner holds, C_b base or C_n new ones, and their text features; as a
+               size, their number: g: [C, d]
+    P_t, P_v   the textual and the visual prompt (Eq. 1), which are all that is learned
+    tau        CLIP's temperature; logit_scale is 1/tau, 100 for the released CLIPs
+    b, K, H    base phase: anchors per batch, classes per anchor, candidates of a batch
+
+A prompt learner, the paper's "backbone", is any object with
 
     text_features(classes=None)  g: [H, d], of the classes in the index tensor `classes` [H];
-                                 [n, d], of all n classes, where it is None
+                                 [C, d], of all classes, where it is None
     image_features(images)       f: [B, d], of images as the loader brings them; unit length, as g
-    logit_scale                  the multiplier 1/tau, 100 for the released CLIPs
+    logit_scale                  1/tau
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
                                  called last in a step
     cross_entropy(f, g, targets, classes)
                                  optional, where its scores are more than the similarity of f and g:
                                  its own, over the candidates `classes` (None: all classes)
+    logits(f, g)                 optional, in the same case: its scores at test [B, C]
 
-Text that depends on the image is [B, H, d]; image_features is called before text_features.
-
-run.py needs more: a torch.nn.Module whose parameters are the prompts, constructed as
-Class(clip_model, classnames), with
-
-    set_classes(classnames)      moves the same prompts to other classes
-    prompts_images               whether image_features depends on the prompts; where not, it also
-                                 takes frozen CLIP's features [B, d] in place of images
-    uses_frozen_features         optional: whether `images` may also be a pair, of images and frozen
-                                 CLIP's features [B, d] of them
-    epoch_end(epoch, epochs)     optional: called after each epoch of a phase, from 1
+Text that depends on the image is [B, H, d]; image_features is called before text_features. What
+run.py needs besides stands in docs/backbone.md.
 """
 
 import torch
@@ -31,12 +32,11 @@ from torch.nn import functional as F
 # 3.1 Preliminaries: the cross-entropy of a prompt learner, Eqs. 2 and 3.
 
 
-def alterable_cross_entropy(image_features, text_features, targets, logit_scale):
-    """Cross-entropy over the candidate classes at hand, whichever they are (Eqs. 2, 3, 5, 6, 8).
+def similarity_logits(image_features, text_features, logit_scale):
+    """The exponents of Eq. 3, <g, f> / tau with <,> the cosine: [B, H] (Eqs. 3 and 5).
 
     image_features: f [B, d]. text_features: g [H, d], a row per candidate, or [B, H, d] where text
-    depends on the image. targets: int64 [B], the row of each image's class. logit_scale: 1/tau.
-    Returns the mean over the batch, in nats.
+    depends on the image. logit_scale: 1/tau.
 
     Features are normalized here because learners of other projects may not return unit length.
     Everything runs in float32 at least: logits reach 100, where half precision has steps of 1/16.
@@ -46,10 +46,18 @@ def alterable_cross_entropy(image_features, text_features, targets, logit_scale)
         f = F.normalize(image_features.to(dtype), dim=-1)  # f(I) / ||f(I)||         [B, d]
         g = F.normalize(text_features.to(dtype), dim=-1)  # g(C) / ||g(C)||, Eq. 5  [H, d]
         if g.ndim == 2:
-            logits = logit_scale * f @ g.T  # <g, f> / tau, Eq. 3                   [B, H]
-        else:
-            logits = logit_scale * (g @ f[:, :, None]).squeeze(2)  # the same       [B, H]
-        return F.cross_entropy(logits, targets.to(logits.device))  # -log p(y | I), Eqs. 2, 6, 8
+            return logit_scale * f @ g.T  #                                         [B, H]
+        return logit_scale * (g @ f[:, :, None]).squeeze(2)  # each image's own g   [B, H]
+
+
+def alterable_cross_entropy(image_features, text_features, targets, logit_scale):
+    """Cross-entropy over the candidate classes at hand, whichever they are (Eqs. 2, 6 and 8).
+
+    targets: int64 [B], the row of each image's class in text_features. The other arguments are
+    those of `similarity_logits`. Returns the mean over the batch, in nats.
+    """
+    logits = similarity_logits(image_features, text_features, logit_scale)  # [B, H]
+    return F.cross_entropy(logits, targets.to(logits.device))  # mean of -log p(y | I)
 
 
 def cross_entropy(learner, f, g, targets, classes=None):
@@ -66,30 +74,32 @@ def cross_entropy(learner, f, g, targets, classes=None):
 def other_losses(learner, images, f):
     """The learner's own other losses, "maintained unchanged" (end of section 3.2): a scalar.
 
-    images: as the learner's image_features takes them. f: its features of them [B, d]. 0 where the
-    learner has no other losses.
+    images: as its image_features takes them. f: [B, d], what that returned. 0 where it has none.
     """
     own = getattr(learner, "other_losses", None)
     return 0.0 if own is None else own(images, f)
 
 
 def backbone_loss(learner, images, labels):
-    """The backbone without MAO: cross-entropy over all n classes C, plus its other losses (Eq. 2).
+    """The backbone without MAO: cross-entropy over all its classes, plus its other losses (Eq. 2).
 
-    images: [B, 3, h, w]. labels: int64 [B], in 0..n-1. Returns a scalar with a gradient.
+    images: B of them, as the learner's image_features takes them. labels: int64 [B], in 0..C-1.
+    Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I)               [B, d]
-    g = learner.text_features()  # g(P_t) of all classes C        [n, d]
+    g = learner.text_features()  # g(P_t) of all classes          [C, d]
     loss = cross_entropy(learner, f, g, labels)  # Eqs. 2 and 3
     return loss + other_losses(learner, images, f)
 
 
 # 3.2 Base classes. "Data-Driven Enhancement" is sampler.py; "Alterable Regularization" is reg-B.
+# Appendix A reads the changing candidates as a regularizer; its Eqs. 9 and 10 have no code.
 
 
 def candidates(labels):
-    """The candidate set C~'_b of a batch: its classes without duplicates, H <= b*K (section 3.2).
+    """The candidate set C~'_b of a batch: its classes without duplicates (section 3.2).
 
+    There are H <= b*K, since a class may come up twice; the paper's "b log K" is a slip.
     labels: int64 [b*K]. Returns `classes` [H], the sorted unique labels, and `targets` [b*K], the
     labels as positions in `classes`: classes[targets] == labels.
     """
@@ -99,9 +109,9 @@ def candidates(labels):
 def base_loss(learner, images, labels):
     """reg-B: cross-entropy over the classes present in a batch of hard negatives only (Eq. 6).
 
-    images: I'_b [b*K, 3, h, w], as `HardNegativeSampler` picks them. labels: int64 [b*K], base
-    classes. The text encoder runs for H classes, not for C_b. Returns a scalar with a gradient.
-    ValueError: the learner ignores `classes`, whose loss would be wrong.
+    images: I'_b, b*K of them, as `HardNegativeSampler` picks them and the learner's image_features
+    takes them. labels: int64 [b*K], base classes. Returns a scalar with a gradient. ValueError: the
+    learner ignores `classes`, which would make the loss wrong.
     """
     classes, targets = candidates(labels)  # C~'_b [H], and each image's class in it [b*K]
     f = learner.image_features(images)  # f(P_v, I'_b)            [b*K, d]
@@ -112,19 +122,20 @@ def base_loss(learner, images, labels):
             "it must return those of `classes` alone, in their order"
         )
     loss = cross_entropy(learner, f, g, targets, classes)  # Eqs. 5 and 6
-    return loss + other_losses(learner, images, f)
+    return loss + other_losses(learner, images, f)  # over all base classes, as without MAO
 
 
 # 3.3 New classes. "Data-Driven Enhancement" is pseudolabel.py; "Alterable Regularization" is reg-N.
 
 
 def new_loss(learner, images, pseudo_labels):
-    """reg-N: cross-entropy over all N new classes, which supersede the base classes (Eq. 8).
+    """reg-N: cross-entropy over all new classes C_n, which supersede the base classes (Eq. 8).
 
-    images: I_n [B, 3, h, w], without labels. pseudo_labels: int64 [B], t^_n of Eq. 7. The learner
-    already holds the new classes, by `set_classes`. Returns a scalar with a gradient.
+    images: I_n, B of them without labels, as the learner's image_features takes them.
+    pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes;
+    their names were tokenized once, then. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
-    g = learner.text_features()  # g(C_n), the new classes alone  [N, d]
+    g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]
     loss = cross_entropy(learner, f, g, pseudo_labels)  # Eq. 8
     return loss + other_losses(learner, images, f)

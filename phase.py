@@ -11,9 +11,10 @@ from images import model_input, training_loader
 
 
 class Phase:
-    """The SGD of a phase: its epochs and batches, the learning rate, the precision, and what each epoch leaves.
+    """The optimization of a phase, from a fresh optimizer on: batches, learning rate, precision, what an epoch leaves.
 
-    name: "base" or "new". recipe: epochs and learning rate. dataset: an `Images`. batches: its batch sampler.
+    name: "base" or "new". recipe: a `settings.Recipe`. dataset: an `Images`. batches: its batch sampler. args: of
+    `settings.row`.
     """
 
     def __init__(self, name, recipe, learner, dataset, batches, args, record):
@@ -34,17 +35,17 @@ class Phase:
         self.bar = tqdm(total=recipe.epochs * len(self.loader), desc=f"{args.method}, {name} phase", unit="batch")
 
     def epochs(self):
-        """Yields 1, 2, ..., each time with its learning rate and draw in force."""
+        """Yields the epochs 1, 2, ..., each with its learning rate set and its batches drawn anew."""
         for epoch in range(1, self.recipe.epochs + 1):
             self.epoch, self.started, self.losses, self.sizes = epoch, time.perf_counter(), [], []
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(epoch, self.recipe.epochs, group["initial_lr"])
+                group["lr"] = learning_rate(epoch, self.recipe.epochs, group["highest_lr"])
             self.loader.batch_sampler.set_epoch(epoch)
             yield epoch
         self.bar.close()
 
     def batches(self):
-        """Yields an epoch's (images as CLIP wants them on the device, labels or indices on the CPU)."""
+        """Yields an epoch's (images as CLIP wants them, on the device; labels or indices, on the CPU)."""
         for images, labels in self.loader:
             if isinstance(images, list):  # several views of each image
                 yield tuple(self.to_model(view) for view in images), labels
@@ -55,11 +56,11 @@ class Phase:
         return model_input(images.to(self.device, non_blocking=True))
 
     def precision(self):
-        """The context in which losses are computed."""
+        """The autocast in which losses are computed: CLIP runs in --precision, prompts and losses in float32."""
         return torch.autocast(self.device, self.type, enabled=self.type != torch.float32)
 
     def step(self, loss, size):
-        """One step of SGD down a loss, a scalar. size: the number of candidates, for the record."""
+        """One step of the optimizer down a loss, a scalar. size: the number of candidates, for the record."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -91,20 +92,25 @@ class Phase:
 def make_optimizer(learner, lr, optimizer, eps, lr_factors):
     """SGD or Adam over the learner's prompts.
 
-    lr_factors: what multiplies the rate, by the first part of a parameter's name, or None.
+    lr: the highest rate of the phase. lr_factors: what multiplies it, by the first part of a parameter's name, or None.
+    The first epoch's rate is the same for all.
     """
     groups = {}
     for name, parameter in learner.named_parameters():
         factor = (lr_factors or {}).get(name.split(".")[0], 1)
         groups.setdefault(factor, []).append(parameter)
-    groups = [{"params": params, "lr": lr * factor, "initial_lr": lr * factor} for factor, params in groups.items()]
+    groups = [{"params": params, "highest_lr": lr * factor} for factor, params in groups.items()]
     if optimizer == "sgd":
         return torch.optim.SGD(groups, lr, **settings.SGD)
     return torch.optim.Adam(groups, lr, eps=eps or 1e-8, weight_decay=settings.SGD["weight_decay"])
 
 
 def learning_rate(epoch, epochs, lr):
-    """The rate of epoch 1..epochs: one of warm-up, then a cosine, stepped once per epoch (the authors' release)."""
+    """The rate of an epoch in 1..epochs: one epoch of warm-up, then a cosine, as in the authors' release.
+
+    The cosine is stepped once per epoch. It starts in epoch 2, at lr, and is as long as the whole phase, so that the
+    last epoch's rate is a little above 0. The paper does not say.
+    """
     if epoch == 1:
         return settings.WARMUP_LR
     return lr / 2 * (1 + math.cos(math.pi * (epoch - 2) / epochs))

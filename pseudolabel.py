@@ -4,13 +4,14 @@ This file needs PyTorch alone: copy it.
 """
 
 import torch
+from torch.nn import functional as F
 
 
 class PseudoLabeler:
-    """The Top-1 of a classifier over all N new classes C_n, with its confidence (Eq. 7).
+    """The Top-1 of a classifier over all new classes C_n, with its confidence (Eq. 7).
 
-    classifier: any object with `text_features()` -> [N, d] and `image_features(images)` -> [B, d],
-    both of unit length, and `logit_scale` (1/tau). In the paper it is the foundation CLIP with
+    classifier: any object with `text_features()` -> g [C_n, d], `image_features(images)` -> f
+    [B, d], of any length, and `logit_scale`, 1/tau. In the paper it is the foundation CLIP with
     "a photo of a {}." (Table 5). Its text features are computed here, once.
     """
 
@@ -18,17 +19,19 @@ class PseudoLabeler:
         self.classifier = classifier
         self.logit_scale = float(classifier.logit_scale)
         with torch.no_grad():
-            self.text_features = classifier.text_features().float()  # g(c), c in C_n        [N, d]
+            g = classifier.text_features()
+            dtype = torch.promote_types(g.dtype, torch.float32)  # logits reach 100 (see mao.py)
+            self.g = F.normalize(g.to(dtype), dim=-1)  # g(c) / ||g(c)||, c in C_n     [C_n, d]
 
     @torch.no_grad()
     def __call__(self, images):
-        """Of images [B, 3, h, w]: labels, int64 [B] in 0..N-1, and confidences [B], 0 to 1."""
-        return self.label_features(self.classifier.image_features(images))
+        """Labels, int64 [B] in 0..C_n-1, and confidences [B], 0 to 1, of B images.
 
-    @torch.no_grad()
-    def label_features(self, f):
-        """The same, of the classifier's image features f(i_n) [B, d], unit length."""
-        with torch.autocast(f.device.type, enabled=False):  # float32: logits reach 100 (see mao.py)
-            logits = self.logit_scale * f.float() @ self.text_features.T  # <f, g> / tau     [B, N]
-            confidences, labels = logits.softmax(dim=-1).max(dim=-1)  # Top-1, t^_n of Eq. 7 [B]
+        images: as the classifier's image_features takes them. The method uses the labels alone.
+        """
+        f = self.classifier.image_features(images)
+        with torch.autocast(f.device.type, enabled=False):
+            f = F.normalize(f.to(self.g.dtype), dim=-1)  # f(i_n) / ||f(i_n)||         [B, d]
+            p = (self.logit_scale * f @ self.g.T).softmax(dim=-1)  # <f, g> / tau      [B, C_n]
+            confidences, labels = p.max(dim=-1)  # Top-1: t^_n of Eq. 7                [B]
         return labels, confidences

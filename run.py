@@ -48,31 +48,32 @@ def main(arguments=None):
             settings.in_force(row, task, sha256),
         )
         if method == "zeroshot":
-            learner, prompts = zero_shot, None
+            learner, states = zero_shot, None
         else:
-            learner, prompts = tune(clip_model, task, row, record)
-        scores = evaluate.score(learner, prompts, task, tests)
+            learner, states = tune(clip_model, task, row, record)
+        scores = evaluate.score(learner, states, task, tests)
         rows.append((method, record.result(scores, learner)))
     evaluate.show(vars(args), rows, BACKBONES[args.backbone].__name__)
     print(f"The last row's prompts and scores are in {record.folder}, the others' beside it.")
 
 
 def tune(clip_model, task, args, record):
-    """Tunes one row in MAO's two phases, or in the one of the plain backbone (section 3).
+    """Tunes one row in MAO's two phases, each with half of the backbone's epochs, or in its one phase (section 3.2).
 
-    clip_model: frozen. task: a `data.Task`. args: of `settings.row`. record: the row's `Record`. Returns the learner
-    and its prompts, state dicts {"base", "new"}: after phase 1 and after the last one. ValueError: tuning diverged.
+    clip_model: frozen. task: a `data.Task`. args: of `settings.row`, whose base_recipe and new_recipe hold the epochs
+    of each phase. record: the row's `Record`. Returns the learner, and its state dicts {"base", "new"}: after phase 1
+    and after the last one. ValueError: tuning diverged.
     """
     torch.manual_seed(args.seed)
     learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
     if hasattr(learner, "sentences"):  # CoPrompt's
         learner.sentences = settings.read_sentences(args)
     base_phase(learner, clip_model, task, args, record)
-    prompts = {"base": {name: value.clone() for name, value in learner.state_dict().items()}}
-    if args.new is not None:
+    states = {"base": {name: value.clone() for name, value in learner.state_dict().items()}}
+    if args.new_recipe is not None:
         new_phase(learner, clip_model, task, args, record)
-    prompts["new"] = {name: value.clone() for name, value in learner.state_dict().items()}
-    return learner, prompts
+    states["new"] = {name: value.clone() for name, value in learner.state_dict().items()}
+    return learner, states
 
 
 def base_phase(learner, clip_model, task, args, record):
@@ -86,9 +87,9 @@ def base_phase(learner, clip_model, task, args, record):
     if mao:
         batches = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)  # Eq. 4
     else:
-        batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+        batches = ShuffledBatches(len(dataset), args.base_recipe.batch_size, args.seed)
 
-    phase = Phase("base", args.base, learner, dataset, batches, args, record)
+    phase = Phase("base", args.base_recipe, learner, dataset, batches, args, record)
     for _ in phase.epochs():
         for images, labels in phase.batches():
             with phase.precision():
@@ -107,7 +108,7 @@ def new_phase(learner, clip_model, task, args, record):
 
     Arguments as of `tune`; the learner is changed in place.
     """
-    foundation = ZeroShot(clip_model, task.new_names)  # "a photo of a {}."
+    foundation = ZeroShot(clip_model, task.new_names)  # in the words "a photo of a {}."
     if args.pseudo_labeler == "clip":
         labeler = PseudoLabeler(foundation)
     else:  # Table 5's other row: the prompts as phase 1 left them
@@ -118,25 +119,26 @@ def new_phase(learner, clip_model, task, args, record):
     if args.no_reg_new:  # Table 4 (c): the base classes stay candidates, before the new ones
         learner.set_classes(task.base_names + task.new_names)
         first = len(task.base_names)
-    else:
+    else:  # the new classes supersede them
         learner.set_classes(task.new_names)
         first = 0
     transform = augmentation(learner, clip_model, task, args)
-    dataset = Images(task.new_train, task.new_read, transform)  # no labels: each image comes with its index
-    batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+    dataset = Images(task.new_train, task.new_read, transform)  # I_n: no labels, each image comes with its index
+    batches = ShuffledBatches(len(dataset), args.new_recipe.batch_size, args.seed)
 
-    phase = Phase("new", args.new, learner, dataset, batches, args, record)
+    phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record)
     for _ in phase.epochs():
-        seen, labels = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
+        seen, guesses = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
         for images, indices in phase.batches():
             with phase.precision():
-                f = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for all that can use it
-                pseudo_labels, _ = labeler(inputs(labeler.classifier, images, f))  # Eq. 7
-                loss = new_loss(learner, inputs(learner, images, f), pseudo_labels + first)  # Eq. 8
+                frozen = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for labeler and learner
+                images_to_label = inputs(labeler.classifier, images, frozen)
+                pseudo_labels, _ = labeler(images_to_label)  # Eq. 7, anew for each augmented batch
+                loss = new_loss(learner, inputs(learner, images, frozen), pseudo_labels + first)  # Eq. 8
             phase.step(loss, first + len(task.new_names))
             seen.append(indices)
-            labels.append(pseudo_labels.cpu())
-        phase.end_epoch(evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), torch.cat(labels)))
+            guesses.append(pseudo_labels.cpu())
+        phase.end_epoch(evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), torch.cat(guesses)))
 
 
 def augmentation(learner, clip_model, task, args):
@@ -150,12 +152,15 @@ def augmentation(learner, clip_model, task, args):
     return transform if views == 1 else Views(transform, views)
 
 
-def inputs(learner, images, f):
-    """What a learner takes as images [B, 3, h, w] where frozen CLIP's features f [B, d] of them are known (mao.py)."""
+def inputs(learner, images, frozen):
+    """What a learner's image_features takes, where frozen CLIP's features [B, d] of images [B, 3, h, w] are known.
+
+    That is these features for a learner which leaves the image side alone; both, or the images, for others.
+    """
     if not learner.prompts_images:
-        return f
+        return frozen
     if getattr(learner, "uses_frozen_features", False):
-        return images, f
+        return images, frozen
     return images
 
 

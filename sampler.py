@@ -20,13 +20,15 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 class HardNegativeSampler(Sampler):
     """A batch sampler: each of b anchor images brings its class's K nearest classes (Eq. 4).
 
-    labels: int [N], the class of each image, in 0..C_b-1. classnames: the C_b classes.
-    batch_size: b, anchors per batch. top_k: K, classes per anchor, its own (cosine 1) the first.
-    seed: of all draws. encoder: list of strings -> embeddings [C_b, e], MiniLM unless given.
+    labels: ints, the class of each training image, in 0..C_b-1. classnames: the C_b base classes.
+    batch_size: b, the anchors of a batch, which then holds b*K images. top_k: K, classes per
+    anchor, its own (cosine 1) the first. seed: of all draws. encoder: list of names -> embeddings
+    [C_b, width], MiniLM unless given.
 
-    Yields lists of b*K image indices: an anchor, one of each of its K-1 other classes, the next
-    anchor. An epoch takes every image as an anchor once; a last incomplete batch is dropped where a
-    full one exists. ValueError: K not in 1..C_b, b < 1, a label outside 0..C_b-1, an empty class.
+    Yields lists of b*K image indices: an anchor, then one image of each of its K-1 other classes,
+    then the next anchor with its own, and so on. An epoch takes every image as an anchor once; a
+    last incomplete batch is dropped where a full one exists.
+    ValueError: K not in 1..C_b, b < 1, a label outside 0..C_b-1, a class without images.
     """
 
     def __init__(self, labels, classnames, batch_size=4, top_k=8, seed=1, encoder=None):
@@ -48,10 +50,11 @@ class HardNegativeSampler(Sampler):
                 raise ValueError(f"the class '{name}' has no image to sample")
 
         # T'_b of every class at once, Eq. 4. It depends on the names alone, so it never changes.
+        # The text t of a pair (i_b, t) is the bare name of its class; the paper does not say more.
         encode = minilm if encoder is None else encoder
         with torch.no_grad():
             e = torch.as_tensor(encode([name.replace("_", " ") for name in classnames])).double()
-            e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                      [C_b, e]
+            e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                      [C_b, width]
             cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                         [C_b, C_b]
             cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
             order = cosine.argsort(dim=1, descending=True, stable=True)
@@ -76,15 +79,15 @@ class HardNegativeSampler(Sampler):
             for anchor in anchors[start : start + self.batch_size]:
                 batch.append(int(anchor))  # (i_b, t): the anchor keeps its own image
                 negatives = self.neighbors[self.labels[anchor], 1:]  # T'_b but t      [K-1]
-                batch += [int(rng.choice(self.images_of[label])) for label in negatives]  # I'_b
-            yield batch  # [b*K]
+                batch += [int(rng.choice(self.images_of[label])) for label in negatives]
+            yield batch  # I'_b, whose labels are T'_b; a class may come up twice      [b*K]
 
 
 def paper_batch(classes):
-    """The paper's (b, K) for C_b base classes, which keeps b*K <= C_b (appendix B): two ints.
+    """(b, K) for C_b base classes, two ints, with b*K <= C_b from 4 classes on (appendix B).
 
-    (4, 8) from 32 classes; (2, 8) from 16, as for DTD and OxfordPets; below that (2, C_b/2), as
-    EuroSAT's (2, 2).
+    The paper has (4, 8) from 32 classes, (2, 8) for DTD and OxfordPets, (2, 2) for EuroSAT's 5.
+    Ours: (2, 8) from 16 classes, and below that (2, C_b/2), with K at least 2.
     """
     if classes >= 32:
         return 4, 8

@@ -18,19 +18,19 @@ from sampler import paper_batch
 
 
 class Recipe(NamedTuple):
-    """How long and how fast a phase is tuned."""
+    """How a phase is tuned."""
 
     epochs: int
-    lr: float  # of SGD, at its highest
+    lr: float  # at its highest, in epoch 2
+    batch_size: int  # of batches without hard negatives; those have b*K images
 
 
 RECIPES = {  # section 4.1 and appendix B
-    "backbone": Recipe(20, 0.002),  # the backbone without MAO
-    "mao": Recipe(10, 0.0035),  # each of MAO's two phases: half the epochs
-    "cross-dataset": Recipe(5, 0.0035),  # every row of Table 2
+    "backbone": Recipe(20, 0.002, 32),  # the backbone without MAO
+    "mao": Recipe(10, 0.0035, 32),  # each of MAO's two phases: half the epochs
+    "cross-dataset": Recipe(5, 0.0035, 32),  # every row of Table 2
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
-BATCH_SIZE = 32  # section 4.1: of the backbone, and of MAO's new phase
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,12 +38,22 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 LEARNER_OPTIONS = ["n_ctx", "ctx_init", "depth", "n_ctx_vision", "depth_vision", "insert_before", "prompts"]
 
 
-def parser(description=None):
-    """The parser of run.py's command line. Its groups are in the order of the paper."""
-    parser = Parser("run.py", description)
-    count = {"type": at_least(1), "metavar": "N"}
+COUNT = {"type": at_least(1), "metavar": "N"}
 
-    add = parser.add_argument_group("task (section 4.1)").add_argument
+
+def parser(description=None):
+    """The parser of run.py's command line."""
+    parser = Parser("run.py", description)
+    add_task(parser.add_argument_group("task (section 4.1)").add_argument)
+    add_model(parser.add_argument_group("model (Table 6)").add_argument)
+    add_tuning(parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument)
+    add_ablations(parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument)
+    add_machine(parser.add_argument_group("machine and files").add_argument)
+    return parser
+
+
+def add_task(add):
+    """Which images and classes; add: `add_argument` of the group, here and below."""
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(DATASETS)} (default: demo)")
     add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data); for --dataset folder "
         "your own: DIR/<class name>/*.jpg, or DIR/train and DIR/test")  # fmt: skip
@@ -54,58 +64,64 @@ def parser(description=None):
     add("--unlabeled", metavar="DIR", help="phase 2 on all images of DIR instead; all classes of the dataset are base")
     add("--new-classes", metavar="FILE", help="their class names, one per line")
     add("--new-test", metavar="DIR", help="labeled images of them, DIR/<class name>/*.jpg (default: none, New is '-')")
-    add("--shots", default=16, **count, help="labeled images per base class (default: 16, appendix B)")
-    add("--unlabeled-shots", **count, help="unlabeled images per new class (default: as --shots; Fig. 4 right)")
+    add("--shots", default=16, **COUNT, help="labeled images per base class (default: 16, appendix B)")
+    add("--unlabeled-shots", **COUNT, help="unlabeled images per new class (default: as --shots; Fig. 4 right)")
     add("--seed", type=at_least(0), default=1, metavar="N", help="of all draws (default: 1; the paper has 3 runs)")
 
-    add = parser.add_argument_group("model (Table 6)").add_argument
+
+def add_model(add):
+    """The prompt learner and the frozen CLIP."""
     paper, rivals = ", ".join(name for name in BACKBONES if name not in RIVALS), ", ".join(RIVALS)
     add("--backbone", choices=list(BACKBONES), default="coop", metavar="NAME", help=f"the prompt learner (default: "
         f"coop). Table 1: {paper}; promptsrc's losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is "
         f"at 15, std 1. Fig. 3, Tables 3 and 7: {rivals}; their settings stand in rivals/")  # fmt: skip
     add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
-    add("--n-ctx", **count, help="text contexts (default: 4; maple and coprompt 2; dept and proda 16; Table 3's 8K "
+    add("--n-ctx", **COUNT, help="text contexts (default: 4; maple and coprompt 2; dept and proda 16; Table 3's 8K "
         "parameters are 16)")  # fmt: skip
     add("--ctx-init", metavar="WORDS", help="coop: the context starts from these words (default: from N(0, 0.02^2))")
-    add("--depth", **count, help="maple, promptsrc, coprompt: layers with contexts (default: 9, 9, 12, or all where "
+    add("--depth", **COUNT, help="maple, promptsrc, coprompt: layers with contexts (default: 9, 9, 12, or all where "
         "there are fewer)")  # fmt: skip
-    add("--n-ctx-vision", **count, help="promptsrc: visual contexts (default: 4)")
-    add("--depth-vision", **count, help="promptsrc: layers with visual contexts (default: as for --depth)")
-    add("--insert-before", **count, help="tcp: the text layer, from 0, before which the class's prompts come in "
+    add("--n-ctx-vision", **COUNT, help="promptsrc: visual contexts (default: 4)")
+    add("--depth-vision", **COUNT, help="promptsrc: layers with visual contexts (default: as for --depth)")
+    add("--insert-before", **COUNT, help="tcp: the text layer, from 0, before which the class's prompts come in "
         "(default: 8)")  # fmt: skip
-    add("--prompts", **count, help="proda: prompts, each a context and a place of the name (default: 32)")
+    add("--prompts", **COUNT, help="proda: prompts, each a context and a place of the name (default: 32)")
     add("--sentences", metavar="FILE", help="coprompt: JSON, class name to a list of sentences, as its authors' files "
         "(default: on the demo the world's own captions)")  # fmt: skip
     add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own)")
 
-    total = RECIPES["backbone"].epochs
-    cross, backbone_lr, mao_lr = RECIPES["cross-dataset"].epochs, RECIPES["backbone"].lr, RECIPES["mao"].lr
-    add = parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument
+
+def add_tuning(add):
+    """How the phases are tuned."""
+    backbone, mao, cross = RECIPES["backbone"], RECIPES["mao"], RECIPES["cross-dataset"]
     add("--recipe", choices=["own", "paper"], default="own", help="of a rival without MAO: its authors' optimizer, "
         "epochs, batch and learning rate (default: own), or those of all other backbones here")  # fmt: skip
-    add("--epochs", type=at_least(2), metavar="N", help=f"default: {total}, MAO halves them; cross-dataset {cross}, "
-        "not halved")  # fmt: skip
-    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone_lr}, MAO and cross-dataset {mao_lr}")
-    add("--batch-size", **count, help=f"of the backbone and of MAO's new phase (default: {BATCH_SIZE})")
-    add("--anchors", **count, help="b of the base phase (default: 4 from 32 base classes, else 2)")
-    add("--top-k", **count, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
-    add("--cache-views", **count, help="coop: encode N views of each image once, draw from them (default: none)")
+    add("--epochs", type=at_least(2), metavar="N", help=f"default: {backbone.epochs}, MAO halves them; cross-dataset "
+        f"{cross.epochs}, not halved")  # fmt: skip
+    add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone.lr}, MAO and cross-dataset {mao.lr}")
+    add("--batch-size", **COUNT, help=f"of the backbone and of MAO's new phase (default: {backbone.batch_size})")
+    add("--anchors", **COUNT, help="b of the base phase (default: 4 from 32 base classes, else 2)")
+    add("--top-k", **COUNT, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
+    add("--cache-views", **COUNT, help="coop: encode N views of each image once, draw from them (default: none)")
 
-    add = parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument
+
+def add_ablations(add):
+    """What of MAO is left out."""
     add("--no-base", action="store_true", help="phase 1 is the plain backbone with all its epochs (Table 4 b)")
     add("--no-new", action="store_true", help="stop after phase 1 (Tables 4 a and 8 c)")
     add("--no-reg-base", action="store_true", help="phase 1: cross-entropy over all base classes, not Eq. 6")
     add("--no-reg-new", action="store_true", help="phase 2: over base and new classes, not Eq. 8 (Table 4 c)")
     add("--pseudo-labeler", choices=["clip", "tuned"], default="clip", help="Eq. 7's CLIP (default: clip; Table 5)")
 
-    add = parser.add_argument_group("machine and files").add_argument
+
+def add_machine(add):
+    """Where and how it runs."""
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one")  # fmt: skip
     add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; demo: none)")
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
     add("--eval", nargs="+", metavar="RUN", help="score finished rows again (--root, --clip: where they are now)")
-    return parser
 
 
 def parse(arguments=None, description=None):
@@ -174,16 +190,16 @@ def learner_settings(backbone, args):
     ValueError: an option that is another backbone's.
     """
     parameters = inspect.signature(backbone).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
     for name in LEARNER_OPTIONS:
         value = getattr(args, name)
         if value is None:
             continue
-        if name not in settings:
+        if name not in found:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} is no setting of {backbone.__name__.lower()}: leave it out")
-        settings[name] = value
-    return settings
+        found[name] = value
+    return found
 
 
 def fit(args, task, clip_model):
@@ -218,38 +234,38 @@ def fit(args, task, clip_model):
 def row(args, method, task):
     """The settings of one row of the table: `args` with its method, and what its phases are tuned with.
 
-    base, new: a `Recipe`, or None where the row lacks that phase. MAO has a new phase where the task has new classes.
-    batch_size: of phases without hard negatives. optimizer, augmentation: a rival's own or CoOp's. A rival without MAO
-    has its own epochs, rate and batch too, unless --recipe paper; MAO's are appendix B's.
+    base_recipe, new_recipe: a `Recipe`, or None where the row lacks that phase. MAO has a new phase where the task has
+    new classes. optimizer, augmentation: a rival's own, or CoOp's. A rival without MAO has its own epochs, rate and
+    batch too, unless --recipe paper; MAO's are appendix B's.
     """
-    own = {"optimizer": "sgd"}
+    own = {}  # a rival's, of its authors
     if args.recipe == "own":
         own = getattr(BACKBONES[args.backbone], "recipe", own)
-    optimizer = {key: own.get(key) for key in ("optimizer", "eps", "lr_factors")}
-    batch_size, epochs_given = BATCH_SIZE, "epochs" in args.changed
-
-    def recipe(name, epochs):
-        return Recipe(epochs, RECIPES[name].lr if args.lr is None else args.lr)
+    given = {field: getattr(args, field) for field in ("lr", "batch_size") if getattr(args, field) is not None}
+    first = second = None  # the epochs of two halves, where --epochs gives their sum
+    if "epochs" in args.changed:
+        first, second = args.epochs - args.epochs // 2, args.epochs // 2  # an odd epoch goes to the base phase
+        given["epochs"] = args.epochs
 
     base = new = None
     if args.protocol == "cross-dataset" and method != "zeroshot":
-        base = recipe("cross-dataset", args.epochs)
+        base = RECIPES["cross-dataset"]._replace(**given)
     elif method == "mao" and not args.no_base:
-        # An odd epoch goes to the base phase.
-        base = recipe("mao", args.epochs - args.epochs // 2 if epochs_given else RECIPES["mao"].epochs)
-    elif method != "zeroshot":
-        base = recipe("backbone", args.epochs)
-        batch_size = own.get("batch_size", batch_size)
-        if "epochs" in own and not epochs_given:
-            base = base._replace(epochs=own["epochs"])
-        if "lr" in own and args.lr is None:
-            base = base._replace(lr=own["lr"])
+        base = half(first, given)
+    elif method != "zeroshot":  # the backbone; with --no-base, also the first phase of MAO
+        own_recipe = {field: own[field] for field in Recipe._fields if field in own}
+        base = RECIPES["backbone"]._replace(**{**own_recipe, **given})
     if has_new_phase(args, method, task) and not new_phase_refused(args):
-        new = recipe("mao", args.epochs // 2 if epochs_given else RECIPES["mao"].epochs)
-    if args.batch_size is not None:
-        batch_size = args.batch_size
-    tuned_with = {"base": base, "new": new, "batch_size": batch_size, "augmentation": own.get("augmentation")}
-    return argparse.Namespace(**{**vars(args), "method": method, "optimizer": optimizer, **tuned_with})
+        new = half(second, given)
+
+    optimizer = {"optimizer": own.get("optimizer", "sgd"), "eps": own.get("eps"), "lr_factors": own.get("lr_factors")}
+    tuned_with = {"base_recipe": base, "new_recipe": new, "optimizer": optimizer}
+    return argparse.Namespace(**{**vars(args), "method": method, **tuned_with, "augmentation": own.get("augmentation")})
+
+
+def half(epochs, given):
+    """The recipe of one of MAO's two phases (section 3.2). epochs: its half of --epochs, or None. given: options."""
+    return RECIPES["mao"]._replace(**{**given, "epochs": RECIPES["mao"].epochs if epochs is None else epochs})
 
 
 def has_new_phase(args, method, task):
@@ -264,9 +280,11 @@ def new_phase_refused(args):
 
 def in_force(row, task, clip_sha256):
     """What config.json says: every setting of a row of `row`, a dict that JSON can hold."""
-    found = {name: value for name, value in vars(row).items() if name not in ("changed", "base", "new")}
-    for name, recipe in (("base", row.base), ("new", row.new)):
-        found[f"{name}_epochs"], found[f"{name}_lr"] = recipe or (None, None)
+    left_out = ("changed", "base_recipe", "new_recipe", "batch_size")
+    found = {name: value for name, value in vars(row).items() if name not in left_out}
+    for phase, recipe in (("base", row.base_recipe), ("new", row.new_recipe)):
+        for field in Recipe._fields:
+            found[f"{phase}_{field}"] = getattr(recipe, field, None)
     return {
         **found,
         **SGD,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cli import Parser, at_least, end
-from encoders import ZeroShot, clip, encode_images, encode_text, frozen_image_features
+from encoders import ZeroShot, clip, encode_images, frozen_image_features
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from record import write
@@ -67,8 +67,7 @@ class Baseline:
         self.learner, self.clip_model = learner, learner.clip_model
 
     def text_features(self):
-        prompts, ends = self.learner.prompts()  # [C, 77, w]
-        self.g = F.normalize(encode_text(self.clip_model, prompts, ends, self.learner.deep_text()), dim=-1)
+        self.g = self.learner.plain_text_features()  # [C, d]
         return self.g
 
     def image_features(self, images):

@@ -56,7 +56,3 @@ class CoCoOp(PromptLearner):
             prefix = torch.cat([self.start, self.ctx + pi, self.fixed])  # [1 + L, w]
             of_images.append(encode_text_fast(self.clip_model, prefix, suffix, ends))  # [H, d]
         return F.normalize(torch.stack(of_images), dim=-1)
-
-    def logits(self, f, g):
-        """The scores at test [B, H], of f [B, d] and each image's own g [B, H, d]."""
-        return self.logit_scale * (g @ f[:, :, None].to(g.dtype)).squeeze(2)

@@ -50,7 +50,7 @@ class CoPrompt(MaPLe):
 
     def text_features(self, classes=None):
         """w' of all classes [C, d], or of those in an index tensor [H, d]; unit length. All C are encoded, once."""
-        w = self.encode_text()  # [C, d]
+        w = self.unscaled_text_features()  # [C, d]
         self.encoded = F.normalize(0.8 * w + 0.2 * self.adapter_text(w), dim=-1)
         return self.encoded if classes is None else self.encoded[classes]
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from backbones import PromptLearner
 from encoders import encode_images_fast
-from mao import alterable_cross_entropy
+from mao import alterable_cross_entropy, similarity_logits
 
 
 class DePT(PromptLearner):
@@ -51,7 +51,7 @@ class DePT(PromptLearner):
     def text_features(self, classes=None):
         """w of all classes [C, d], or of those in an index tensor [H, d], as it leaves the encoder."""
         self.candidates = classes  # `logits` takes the head's columns of the same
-        return self.encode_text(classes)
+        return self.unscaled_text_features(classes)
 
     @torch.no_grad()
     def image_features(self, images):
@@ -76,7 +76,7 @@ class DePT(PromptLearner):
 
     def logits(self, f, g):
         """The scores at test [B, H], of f [B, d] and g [H, d]: 0.3 a + 0.7 z, or a where the head is for others."""
-        a = self.logit_scale * F.normalize(f, dim=-1) @ F.normalize(g, dim=-1).T
+        a = similarity_logits(f, g, self.logit_scale)
         if not self.head_fits:
             return a
         z = self.head(self.film_image(f.to(self.ctx)))  # [B, C]

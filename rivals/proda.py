@@ -89,6 +89,10 @@ class ProDA(PromptLearner):
         bound = (terms @ f.square()[:, :, None]).squeeze(2) / (len(g) + 1)  # R[y, y] + R[c, c] - 2 R[y, c]
         return s * f @ m.T + s**2 / 2 * bound
 
+    def logits(self, f, g):
+        """The scores at test [B, H], of f [B, d] and the means m [H, d], which are shorter than unit length."""
+        return self.logit_scale * f @ g.T
+
     def cross_entropy(self, f, g, targets, classes):
         """Of `training_logits`, over the candidates that g holds: a scalar."""
         f, targets = f.to(self.ctx.dtype), targets.to(f.device)

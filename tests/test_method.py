@@ -67,14 +67,13 @@ def test_full_and_new_loss_see_every_class():
 def test_pseudo_labels_by_hand():
     clip = types.SimpleNamespace(logit_scale=2.0, calls=0)
     clip.image_features = lambda images: images.flatten(1)[:, :2]
-    clip.text_features = lambda: setattr(clip, "calls", clip.calls + 1) or torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    clip.text_features = lambda: setattr(clip, "calls", clip.calls + 1) or torch.tensor([[7.0, 0.0], [0.6, 0.8]])
     labeler = PseudoLabeler(clip)
-    features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    labels, confidences = labeler.label_features(features)
+    images = torch.tensor([[1.0, 0.0], [0.0, 5.0]]).reshape(2, 2, 1, 1)  # of any length, as the texts are
+    labels, confidences = labeler(images)
     assert labels.tolist() == [0, 1]
     assert confidences.tolist() == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(-1.6))])
-    again, _ = labeler(features.reshape(2, 2, 1, 1))  # images go through the classifier's image encoder
-    assert again.tolist() == [0, 1] and clip.calls == 1
+    assert labeler(images)[0].tolist() == [0, 1] and clip.calls == 1
 
 
 LINE = {"a": 0.0, "b_b": 0.1, "c": 0.3, "d": 1.0}  # angles: nearest of a are b, c, d; of d are c, b, a

@@ -58,7 +58,7 @@ def test_coprompts_terms_apart():
 def test_the_other_losses_see_all_classes_and_the_text_runs_once(cls, small, monkeypatch):
     learner, images = build(cls, small)
     calls = []
-    for holder, name in ((PromptLearner, "encode_text"), (rivals.tcp, "encode_text_fast")):
+    for holder, name in ((PromptLearner, "unscaled_text_features"), (rivals.tcp, "encode_text_fast")):
         function = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *a, function=function: calls.append(1) or function(*a))
     loss = base_loss(learner, images, torch.tensor([2, 0]))
