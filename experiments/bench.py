@@ -2,6 +2,7 @@
 
     python -m experiments.bench --quick             each call once, MAO's rows for CoOp only
     python -m experiments.bench --json bench.json   all rows, medians of three (--repeats), in a file too
+    python -m experiments.bench --table3            Table 3's columns of all nine prompt learners, without a baseline
 
 The baseline does what the authors' releases do, by the plain encoders of encoders.py: all classes at all 77 positions,
 images encoded anew. Weights are random, at the sizes of ViT-B/16, since speed does not depend on them. The classes are
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from cli import Parser, at_least, end
 from encoders import ZeroShot, clip, encode_images, frozen_image_features
+from evaluate import scorer
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from record import write
@@ -328,6 +330,53 @@ def matmul_rates(case):
     return rate, operations / case.encode / rate
 
 
+def bench_table_3(case, backbone):
+    """Table 3's rows of a backbone, without and with MAO: those of `row`, with "images_per_second" at test."""
+    torch.manual_seed(1)
+    learner, name = BACKBONES[backbone](case.model, case.classnames), BACKBONES[backbone].__name__
+    # What PromptSRC and CoPrompt compute once per run, not per step: of one template, and of one sentence for each class.
+    learner.frozen_text, learner.bank = case.foundation.text_features(), case.foundation.text_features()[None]
+    images = (case.images, case.images) if getattr(learner, "views", 1) == 2 else case.images
+    steps = [
+        (name, lambda: backbone_loss(learner, images, case.labels), case.plain_steps),
+        (f"{name} + MAO, base phase", lambda: base_loss(learner, images, case.hard_labels), case.base_steps),
+    ]
+    if not hasattr(learner, "new_phase_refused"):
+        steps.append((f"{name} + MAO, new phase", lambda: case.new_phase_loss(learner, case.images), case.plain_steps))
+    with torch.no_grad():
+        scores = scorer(learner)
+        seconds, _ = case.measure(lambda: scores(case.images))
+    parameters = sum(p.numel() for p in learner.parameters())
+    rows = [row(what, parameters, case.step(learner, loss), count) for what, loss, count in steps]
+    return [{**found, "images_per_second": BATCH / seconds} for found in rows]
+
+
+def show_table_3(rows):
+    """Prints the rows of `bench_table_3`."""
+    print(
+        "\n| row | learnable | peak MiB of a step | s per step | steps per epoch | s per epoch | images/s at test |"
+        "\n|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        print(
+            f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} | {row['steps']} "
+            f"| {row['step'] * row['steps']:.1f} | {row['images_per_second']:.1f} |"
+        )
+
+
+def describe(case, repeats):
+    """The machine and what runs on it, a dict."""
+    return {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "sizes": case.sizes,
+        "device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple(MEASURED)):
     """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
     case = Case(sizes, device, Meter(device, repeats))
@@ -347,17 +396,8 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple
     extrapolated = at_200 + 8 * (at_200 - at_100)  # the authors' way at 1,000 classes
     ratios["memory_1000_classes"] = extrapolated / memory[1000]["plain"][1]
     rate, share = matmul_rates(case)
-    machine = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "sizes": sizes,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "repeats": repeats,
-        "date": time.strftime("%Y-%m-%d"),
-    }
     return {
-        "machine": machine,
+        "machine": describe(case, repeats),
         "ratios": ratios,
         "rows": rows,
         "sweep": sweep,
@@ -418,13 +458,21 @@ def main():
     parser.add_argument(
         "--backbones", nargs="+", choices=MEASURED, default=MEASURED, help="besides coop (default: all)"
     )
+    parser.add_argument("--table3", action="store_true", help="Table 3's columns of all nine, and nothing else")
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     repeats = args.repeats or (1 if args.quick else 3)
-    found = bench(args.sizes, args.device, args.quick, repeats, dict.fromkeys(["coop", *args.backbones]))
-    show(found)
+    if args.table3:
+        case = Case(args.sizes, args.device, Meter(args.device, repeats))
+        rows = [row for backbone in tqdm(BACKBONES, "backbones") for row in bench_table_3(case, backbone)]
+        found = {"machine": describe(case, repeats), "rows": rows}
+        print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+        show_table_3(rows)
+    else:
+        found = bench(args.sizes, args.device, args.quick, repeats, dict.fromkeys(["coop", *args.backbones]))
+        show(found)
     if args.json:
         write(pathlib.Path(args.json), json.dumps(found, indent=1) + "\n")
 

@@ -33,3 +33,15 @@ def test_the_bench_at_tiny_sizes(quick, tmp_path, monkeypatch, capsys):
     assert text["coop", 1000] < 2 * text["coop", 50] + 2  # MiB: flat in the number of classes
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES) and ("PromptSRC + MAO, new phase" in out) == (not quick)
+
+
+def test_table_3_has_all_nine(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "table3.json"
+    how = ["--table3", "--repeats", "1", "--sizes", "tiny", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["bench", *how])
+    runpy.run_module("experiments.bench", run_name="__main__")
+    rows = {row["row"]: row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 3 * 9 - 1 and "CoPrompt + MAO, new phase" not in rows  # which the paper leaves out
+    assert all(row["step"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+    assert rows["KgCoOp"]["learnable"] == rows["KgCoOp + MAO, base phase"]["learnable"] == 4 * 64
+    assert "| CoCoOp + MAO, new phase |" in capsys.readouterr().out
