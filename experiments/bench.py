@@ -334,7 +334,7 @@ def bench_table_3(case, backbone):
     """Table 3's rows of a backbone, without and with MAO: those of `row`, with "images_per_second" at test."""
     torch.manual_seed(1)
     learner, name = BACKBONES[backbone](case.model, case.classnames), BACKBONES[backbone].__name__
-    # What PromptSRC and CoPrompt compute once per run, not per step: of one template, and of one sentence for each class.
+    # What PromptSRC and CoPrompt compute once per run, not per step: of one template, of one sentence for each class.
     learner.frozen_text, learner.bank = case.foundation.text_features(), case.foundation.text_features()[None]
     images = (case.images, case.images) if getattr(learner, "views", 1) == 2 else case.images
     steps = [

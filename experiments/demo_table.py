@@ -5,8 +5,9 @@
     python -m experiments.demo_table --backbones coop maple promptsrc       these on the default domain
     python -m experiments.demo_table --backbones kgcoop tcp --recipe paper  rivals, tuned as long as the others
 
-Rows already in --out are taken as they are with --reuse. Averages as in the paper's tables: Base and New are averaged
-first, H is the harmonic mean of the averages.
+With --reuse finished rows in --out are taken as they are. As in the paper's tables, Base and New are averaged first,
+over seeds and domains, and H is the harmonic mean of the averages. Behind a mean stands the standard deviation over
+seeds.
 """
 
 import argparse
@@ -56,11 +57,12 @@ def scores(out, domain, backbone, method, seeds, recipe):
     return found
 
 
-def cell(values):
-    """Mean and, from two values on, sample standard deviation."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def cells(found):
+    """The cells of a row of `scores`: the average and, from two seeds on, the sample standard deviation."""
+    averages = {key: statistics.mean(values) for key, values in found.items() if values}
+    averages["h"] = harmonic_mean(averages["base"], averages["new"])
+    spreads = {key: f" ± {statistics.stdev(values):.2f}" for key, values in found.items() if len(values) > 1}
+    return [f"{averages[key]:.2f}{spreads.get(key, '')}" if key in averages else "" for key in found]
 
 
 def main():
@@ -94,7 +96,7 @@ def main():
     for domain in domains:
         for label, backbone, method in rows:
             found = scores(args.out, domain, backbone, method, args.seeds, args.recipe)
-            print(f"| {domain} | {label} | " + " | ".join(map(cell, found.values())) + " |")
+            print(f"| {domain} | {label} | " + " | ".join(cells(found)) + " |")
     if len(domains) > 1:
         for label, backbone, method in rows:
             every = [scores(args.out, domain, backbone, method, args.seeds, args.recipe) for domain in domains]
