@@ -1,6 +1,6 @@
 """The command line: how the project's commands read their arguments, warn, and end.
 
-Exit codes: 0, 2 with one sentence for what a user can mend, 130 after Ctrl-C.
+Exit codes: 0; 1 where a part was left out (predict.py); 2 with one sentence for what a user can mend; 130 after Ctrl-C.
 """
 
 import argparse
@@ -43,10 +43,12 @@ def warn(text):
 
 
 def end(name, main):
-    """Runs `main` to its exit code. What a user can mend is a ValueError or OSError: one sentence, no traceback."""
+    """Runs `main` to its exit code, which is what it returns (None: 0).
+
+    What a user can mend is a ValueError or OSError: exit code 2, one sentence, no traceback.
+    """
     try:
-        main()
-        return
+        sys.exit(main())
     except KeyboardInterrupt:
         code, text = 130, "stopped; what was finished is kept"
     except (ValueError, OSError) as error:

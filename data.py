@@ -36,11 +36,12 @@ class Source(NamedTuple):
     image_folder: pathlib.Path | None  # None: the demo, whose images are drawn
     template: str  # of zero-shot CLIP
     crop_scale: tuple = (0.08, 1.0)  # of the random resized crop, as shares of the area
+    plain: bool = False  # whether images are read as CoOp reads them, not as a viewer shows them
 
     @property
     def read(self):
         """What reads an image: path -> RGB image (PIL)."""
-        return demo.read if self.image_folder is None else FolderReader(self.image_folder)
+        return demo.read if self.image_folder is None else FolderReader(self.image_folder, self.plain)
 
 
 def open_dataset(name, root="data", download=False):
@@ -60,7 +61,7 @@ def open_dataset(name, root="data", download=False):
         layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
         if download:
             fetch(name, folder)
-        source = Source(read_split(name, folder), folder / layout.images, layout.template)
+        source = Source(read_split(name, folder), folder / layout.images, layout.template, plain=True)
     else:
         near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")

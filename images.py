@@ -3,18 +3,25 @@
 Every random choice comes from a seed, never from a loader's worker: the same bits for any number of workers.
 """
 
+import collections
 import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+from cli import warn
+
+# Pillow reads .avif from 11.3 on, and .heic where pillow-heif is registered.
+IMAGE_ENDINGS = {  # in lower case
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif",
+    ".avif", ".heic", ".heif", ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -33,45 +40,127 @@ class UnreadableImage(ValueError):
 
 
 class FolderReader(NamedTuple):
-    """Reads images by their paths in a folder."""
+    """Reads images by their paths in a folder.
+
+    plain: by Pillow's `convert("RGB")` alone, as CoOp reads its datasets; else as a viewer shows them.
+    """
 
     folder: pathlib.Path
+    plain: bool = False
 
     def __call__(self, path, decode=True):
-        """The RGB image (PIL). decode=False: None, only looks whether there is an image.
+        """The RGB image (PIL), of several frames the first. decode=False: None, only looks whether there is an image.
 
-        UnreadableImage, which names the path: the file is missing or broken.
+        UnreadableImage, which names the path: the file is missing or broken, or its range of values is not known.
         """
         try:
             with Image.open(self.folder / path) as image:
-                return image.convert("RGB") if decode else None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                if not decode:
+                    return None
+                return image.convert("RGB") if self.plain else as_shown(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise UnreadableImage(
                 f"cannot read the image {self.folder / path} ({reason}): replace it, or take it out"
             ) from error
 
 
-def image_names(folder):
-    """Names of the image files in a folder, sorted; hidden files are left out. OSError: no such folder."""
-    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    return [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS]
+def as_shown(image):
+    """A PIL image of any mode as a viewer shows it, in RGB: turned by its EXIF orientation, transparency on white.
+
+    More than 8 bits per value are scaled to 8. ValueError: their range is not known.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_8_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def to_8_bits(image):
+    """A gray PIL image of 16 bits (I;16), 32-bit integers (I) or floats (F) in 8 bits (L).
+
+    16 bits have a range of 0 to 65535, and so have PNG and PGM files in mode I; 32 bits, where they go so far, that of
+    a signed integer; floats that of 0 to 1. Integers up to 255 are taken as they are. ValueError: other values.
+    """
+    values, transparent = np.asarray(image).astype(np.float64), image.info.get("transparency")
+    least, most = values.min(), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        top = 65535
+    elif image.mode == "I" and least >= 0 and most <= 255:
+        top = 255
+    elif image.mode == "I" and least >= 0 and most >= 2**23:  # smaller values would all be black
+        top = 2**31 - 1
+    elif image.mode == "F" and least >= 0 and most <= 1:
+        top = 1
+    else:
+        kind = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise ValueError(f"its values are {kind} from {least:g} to {most:g}, of a range that is not known; save 8 bits")
+    gray = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if isinstance(transparent, int):  # the value that a PNG names as transparent
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def files_below(folder, inner="", above=()):
+    """Yields the paths of all files in a folder and its subfolders, relative to it. OSError: it cannot be listed.
+
+    Hidden ones (`.name`, macOS's `__MACOSX`) are left out. Links to folders are followed, but not back to `above`.
+    """
+    place = os.path.join(folder, inner)
+    above = (*above, os.path.realpath(place))
+    for name in os.listdir(place):
+        path = os.path.join(inner, name)
+        if name.startswith(".") or name == "__MACOSX":
+            continue
+        if not os.path.isdir(os.path.join(folder, path)):
+            yield path
+        elif os.path.realpath(os.path.join(folder, path)) not in above:
+            yield from files_below(folder, path, above)
+
+
+def image_paths(folder):
+    """(paths of the image files in a folder and its subfolders, relative to it, sorted; endings of its other files).
+
+    The endings are counted, by `collections.Counter`. OSError: it cannot be listed.
+    """
+    found, others = [], collections.Counter()
+    for path in files_below(folder):
+        ending = os.path.splitext(path)[1].lower()
+        if ending in IMAGE_ENDINGS and readable(ending):
+            found.append(path)
+        else:
+            others[ending or "no ending"] += 1
+    return sorted(found), others
+
+
+def readable(ending):
+    """Whether the Pillow at hand reads files of this ending, as far as one can tell before opening one."""
+    return ending in Image.registered_extensions()
+
+
+def left_out(folder, others, why="that Pillow does not take for images"):
+    """Warns, in one line, about files of a folder that are not taken. others: of `image_paths`. why: which they are."""
+    if others:
+        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+        warn(f"{folder}: {sum(others.values())} files are left out {why}: {counts}")
 
 
 def find_images(folder):
-    """Paths of all image files in a folder and its subfolders, relative to it, sorted.
+    """Paths of all image files in a folder and its subfolders, relative to it, sorted. Warns about other files.
 
     FileNotFoundError: no such folder. ValueError: it holds no image.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give one that holds images")
-    found = []
-    for inner, _, _ in os.walk(folder):
-        found += [os.path.relpath(os.path.join(inner, name), folder) for name in image_names(inner)]
+    found, others = image_paths(folder)
     if not found:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_ENDINGS))}): give a folder that does")
-    return sorted(found)
+    left_out(folder, others)
+    return found
 
 
 # Transforms -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ All is CoOp's: its folders, its lists, its splits (section 4.1). This file is no
 would hide Hugging Face's package `datasets` from sentence-transformers.
 """
 
+import collections
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from torchvision import datasets
 
 from cli import warn
-from images import image_names
+from images import image_paths, left_out
 from record import write
 
 # A dataset's own lists ------------------------------------------------------------------------------------------------
@@ -31,22 +32,28 @@ from record import write
 def class_folders(images, renamed=None, ignored=()):
     """A folder of class folders, all in sorted order: {"all"}. A class is named as its folder, or as `renamed` has it.
 
+    Images are taken from a class folder's subfolders too. Warns about files that are not taken.
     FileNotFoundError: no such folder. ValueError: it holds no class folder, or one holds no images.
     """
+    ignored = (*ignored, "__MACOSX")
     folders = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     folders = [folder for folder in folders if folder.name not in ignored]
     if not folders:
         raise ValueError(f"{images} holds no class folders: what is wanted is {images}/<class name>/*.jpg")
-    items = []
+    items, others = [], collections.Counter()
     for label, folder in enumerate(folders):
         name = (renamed or {}).get(folder.name, folder.name)
-        found = image_names(folder)
+        found, others_here = image_paths(folder)
+        others += others_here
         if not found:
             raise ValueError(
                 f"the class folder {folder} holds no images: add some, or take it out "
                 f"(what is wanted: {images}/<class name>/*.jpg)"
             )
         items += [[f"{folder.name}/{image}", label, name] for image in found]
+    left_out(images, others)
+    beside = collections.Counter(path.suffix.lower() or "no ending" for path in images.iterdir() if path.is_file())
+    left_out(images, beside, "that lie beside the class folders")
     return {"all": items}
 
 
@@ -174,7 +181,7 @@ def imagenet(folder):
     for part, place in (("train", "train"), ("test", "val")):
         images = folder / "images" / place
         for label, wnid in enumerate(sorted(entry.name for entry in os.scandir(images) if entry.is_dir())):
-            lists[part] += [[f"{place}/{wnid}/{image}", label, names[wnid]] for image in image_names(images / wnid)]
+            lists[part] += [[f"{place}/{wnid}/{image}", label, names[wnid]] for image in image_paths(images / wnid)[0]]
     return lists
 
 

@@ -3,12 +3,14 @@
     python predict.py photo.jpg --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt
     python predict.py photos --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt --out photos.csv
 
-The confidence is the probability of that class among the candidates (Eq. 3).
+The confidence is the probability of that class among the candidates (Eq. 3). An image that cannot be read has a row
+without a class; the command then ends with exit code 1.
 """
 
 import csv
 import io
 import pathlib
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,7 +20,7 @@ from cli import Parser, at_least, end
 from data import read_names
 from encoders import load_clip
 from evaluate import scorer
-from images import FolderReader, Images, default_workers, find_images, model_input, test_transform
+from images import FolderReader, Images, UnreadableImage, default_workers, find_images, model_input, test_transform
 from record import read_header, read_prompts, write
 from rivals import BACKBONES
 
@@ -43,23 +45,44 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     return learner, clip_model
 
 
+class ImagesOrTroubles(Images):
+    """An `Images` that goes on past what it cannot read: (uint8 [3, pixels, pixels], what is wrong with it or "")."""
+
+    def __init__(self, paths, read, pixels):
+        super().__init__(paths, read, test_transform(pixels))
+        self.pixels = pixels
+
+    def __getitem__(self, index):
+        try:
+            return super().__getitem__(index)[0], ""
+        except UnreadableImage as error:
+            return torch.zeros(3, self.pixels, self.pixels, dtype=torch.uint8), str(error)
+
+
 @torch.no_grad()
 def predict(learner, batches, device="cpu"):
-    """Probabilities [N, C] of the learner's classes for the images of a loader, uint8 [B, 3, h, w] each (Eq. 3)."""
-    found, logits = [], scorer(learner)
-    for images, _ in tqdm(batches, unit="batch"):
+    """(probabilities [M, C] of the learner's classes (Eq. 3), what is wrong with each image or "": M strings).
+
+    batches: a loader of an `ImagesOrTroubles` of M images.
+    """
+    found, troubles, logits = [], [], scorer(learner)
+    for images, wrong in tqdm(batches, unit="batch"):
         found.append(logits(model_input(images.to(device))).float().softmax(dim=-1).cpu())  # [B, C]
-    return torch.cat(found)
+        troubles += wrong
+    return torch.cat(found), troubles
 
 
-def write_table(out, paths, classes, probabilities):
-    """The CSV file `out`: of each path the class of highest probability, and that. OSError: it cannot be written."""
+def write_table(out, paths, classes, probabilities, troubles):
+    """The CSV file `out`: of each path the class of highest probability, and that; nothing where there is trouble.
+
+    OSError: it cannot be written.
+    """
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(["path", "class", "confidence"])
     confidences, best = probabilities.max(dim=-1)
-    for path, label, confidence in zip(paths, best.tolist(), confidences.tolist()):
-        rows.writerow([path, classes[label], f"{confidence:.4f}"])
+    for path, label, confidence, wrong in zip(paths, best.tolist(), confidences.tolist(), troubles):
+        rows.writerow([path, "", ""] if wrong else [path, classes[label], f"{confidence:.4f}"])
     write(out, table.getvalue())
 
 
@@ -93,20 +116,30 @@ def arguments():
 
 
 def main():
-    """Predicts, writes the table, and prints the top 5 of a single image."""
+    """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
+
+    UnreadableImage: the single image could not be.
+    """
     args = arguments()
     single = args.images.is_file()
     folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
     classes = read_names(args.classes)
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
-    images = Images(names, FolderReader(folder), test_transform(clip_model.visual.input_resolution))
-    probabilities = predict(learner, DataLoader(images, 64, num_workers=args.workers), args.device)
-    write_table(args.out, [folder / name for name in names], classes, probabilities)
+    images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
+    probabilities, troubles = predict(learner, DataLoader(images, 64, num_workers=args.workers), args.device)
+    if single and troubles[0]:
+        raise UnreadableImage(troubles[0])
+    write_table(args.out, [folder / name for name in names], classes, probabilities, troubles)
     if single:
         top = probabilities[0].topk(min(5, len(classes)))
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
             print(f"{100 * probability:6.2f}%  {classes[label]}")
     print(f"1 image in {args.out}" if len(names) == 1 else f"{len(names)} images in {args.out}")
+    wrong = [trouble for trouble in troubles if trouble]
+    if wrong:
+        headline = f"predict.py: {len(wrong)} of {len(names)} images have no class there:"
+        print(headline, *wrong, sep="\n", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -199,6 +199,25 @@ def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change
     assert not (tmp_path / "x.csv").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_go_on_past_broken_images(command, tmp_path, workers):
+    for name in ("1.png", "3.png"):
+        draw(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "2.png").write_bytes(b"no PNG")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    clip_model, sha256 = load_clip("demo")
+    config = {"dataset": "demo", "backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": sha256}
+    record.Record(tmp_path / "run", config).prompts("new", CoOp(clip_model, ["a"]))
+    options = ["--prompt", tmp_path / "run/new.safetensors", "--classes", tmp_path / "names.txt", "--workers", workers]
+    code, out, err = command("predict.py", tmp_path / "photos", *options, "--out", tmp_path / "x.csv")
+    assert code == 1 and out == f"3 images in {tmp_path / 'x.csv'}\n"
+    headline, sentence = err.splitlines()[-2:]
+    assert headline == "predict.py: 1 of 3 images have no class there:"
+    assert sentence.startswith(f"cannot read the image {tmp_path / 'photos' / '2.png'} (") and "Traceback" not in err
+    rows = list(csv.reader(io.StringIO((tmp_path / "x.csv").read_text())))
+    assert rows[2] == [str(tmp_path / "photos" / "2.png"), "", ""] and all(rows[i][1] in "ab" for i in (1, 3))
+
+
 # The other protocols --------------------------------------------------------------------------------------------------
 
 
