@@ -7,7 +7,9 @@
 Layout, splits and draws are CoOp's, which the paper and everyone it compares with use (section 4.1).
 """
 
+import csv
 import difflib
+import json
 import math
 import os
 import pathlib
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import demo
 from cli import Parser, at_least, end, warn
+from encoders import as_clip_reads
 from images import FolderReader, find_images
 from layouts import LAYOUTS, by_label, class_folders, fetch, read_lines, read_split, split_by_rule
 from sampler import paper_batch
@@ -44,19 +47,26 @@ class Source(NamedTuple):
         return demo.read if self.image_folder is None else FolderReader(self.image_folder, self.plain)
 
 
-def open_dataset(name, root="data", download=False):
+def open_dataset(name, root="data", download=False, names=None, template=None):
     """The `Source` of dataset `name` under `root`. Reads lists alone, never an image.
 
     name: of `DATASETS`; "folder" is any folder, `root`/<class name>/*.jpg or `root`/train and `root`/test with such
-    class folders. download: fetches what is missing, where a program can. ValueError: unknown name, or a broken list.
+    class folders. download: fetches what is missing, where a program can. names, template: of "folder" alone, a file
+    of `read_folder_names` and the words of zero-shot CLIP. ValueError: unknown name, or a broken list.
     FileNotFoundError: the dataset is not there; says what was looked for and where to get it.
     """
+    for option, value in (("--names", names), ("--template", template)):
+        if value is not None and name != "folder":
+            raise ValueError(f"{option} is for --dataset folder, and {name} has its own: leave it out")
+    if template is not None and (template.count("{}") != 1 or template.replace("{}", "").strip("{}") == ""):
+        raise ValueError(f"--template '{template}' needs {{}} once, where the name goes, and words around it")
     root = pathlib.Path(root)
     if name in DEMOS:
         domain = demo.DEFAULT if name == "demo" else name.removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        source = Source(folder_split(root), root, "a photo of a {}.")
+        renamed = None if names is None else read_folder_names(names)
+        source = Source(folder_split(root, renamed), root, template or "a photo of a {}.")
     elif name in LAYOUTS:
         layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
         if download:
@@ -69,20 +79,53 @@ def open_dataset(name, root="data", download=False):
     return source
 
 
-def folder_split(root):
+def folder_split(root, renamed=None):
     """The split of one's own folder: `root`/train and `root`/test, or class folders split by CoOp's rule.
 
-    FileNotFoundError: no such folder. ValueError: no class folders, or one without images.
+    renamed: {folder: class name}, of all folders, or None. A class of test is that of train which is named so, or
+    which CLIP reads so. FileNotFoundError: no such folder. ValueError: no class folders, or one without images or name.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give --root the folder of your class folders")
     if not (root / "train").is_dir() or not (root / "test").is_dir():
-        return split_by_rule(class_folders(root))
-    split = {"train": class_folders(root / "train")["all"], "val": [], "test": class_folders(root / "test")["all"]}
-    names = sorted({name for items in split.values() for _, _, name in items})
-    for part, items in split.items():
+        return split_by_rule(named_folders(root, renamed))
+    train, test = (named_folders(root / part, renamed)["all"] for part in ("train", "test"))
+    known = {as_clip_reads(name): name for _, _, name in train}
+    known.update({name: name for _, _, name in train})
+    test = [[path, label, known.get(name, known.get(as_clip_reads(name), name))] for path, label, name in test]
+    names = sorted({name for _, _, name in train + test})
+    split = {"val": []}
+    for part, items in (("train", train), ("test", test)):
         split[part] = [[f"{part}/{path}", names.index(name), name] for path, _, name in items]
     return split
+
+
+def named_folders(folder, renamed):
+    """`class_folders`, where `renamed` must have a name for each, unless it is None. ValueError: it has not."""
+    lists = class_folders(folder, renamed)
+    for path, _, _ in lists["all"]:
+        inner = path.split("/")[0]
+        if renamed is not None and inner not in renamed:
+            raise ValueError(f"--names has no name for the class folder {folder / inner}: add one")
+    return lists
+
+
+def read_folder_names(path):
+    """{folder: class name} of a JSON object, or of a CSV file with a folder and a name per line.
+
+    FileNotFoundError: it cannot be read. ValueError: it is something else.
+    """
+    advice = 'give JSON, {"folder": "name", ...}, or CSV, folder,name in each line'
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        found = json.loads(text) if text.lstrip().startswith("{") else dict(csv.reader(text.splitlines()))
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read --names {path} ({error.strerror}): {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"--names {path} cannot be read ({error}): {advice}") from error
+    if not found or not all(isinstance(name, str) and name.strip() for name in found.values()):
+        raise ValueError(f"--names {path} has no name for some folder: {advice}")
+    return {folder.strip(): name.strip() for folder, name in found.items()}
 
 
 def class_names(source):
@@ -94,7 +137,7 @@ def class_names(source):
 
 
 def check_classes(source):
-    """ValueError: a class of a `Source` has no training or no test image. Warns about two classes of one name."""
+    """ValueError: a class of a `Source` has no training or no test image. Warns about names that are one to CLIP."""
     names = class_names(source)
     test_names = {label: name for _, label, name in source.split["test"]}
     for label, name in names.items():
@@ -103,11 +146,16 @@ def check_classes(source):
     for label, name in sorted(test_names.items()):
         if label not in names:
             raise ValueError(f"the class '{name}' has no training image: add some, or take the class out")
-    label_of = {}
-    for label, name in names.items():
-        first = label_of.setdefault(name.replace("_", " "), label)
-        if first != label:
-            warn(f"the classes {first} and {label} are both named '{name}': no prompt can tell them apart")
+    warn_of_twins(names.values())
+
+
+def warn_of_twins(names):
+    """Warns about class names that CLIP cannot tell apart."""
+    names, first = list(names), {}
+    for position, name in enumerate(names):
+        other = first.setdefault(as_clip_reads(name), position)
+        if other != position:
+            warn(f"the classes '{names[other]}' and '{name}' have one name to CLIP: no prompt can tell them apart")
 
 
 # The few-shot draw and the halves -------------------------------------------------------------------------------------
@@ -164,6 +212,7 @@ class Task:
     new_train: list = field(default_factory=list)  # paths of the unlabeled new images, nothing else
     new_read: Callable | None = None
     new_answers: list | None = None  # their labels, where known: for evaluate.pseudo_label_accuracy, and nobody else
+    label_template: str = "a photo of a {}."  # the foundation CLIP's, of Eq. 7 (section 2)
 
 
 def test_set(source, labels=None):
@@ -236,19 +285,21 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
     task = few_shot_task(source, shots, seed)
     task.tests = {"base": test_set(source)}
     task.new_names = read_names(new_classes)
+    warn_of_twins([*task.base_names, *task.new_names])
     task.new_train, task.new_read = find_images(unlabeled), FolderReader(pathlib.Path(unlabeled))
     if new_test is None:
         return task
     if not pathlib.Path(new_test).is_dir():
         raise FileNotFoundError(f"{new_test} is not a folder: give --new-test a folder of class folders")
-    items = []
+    items, label_of = [], {as_clip_reads(name): label for label, name in reversed(list(enumerate(task.new_names)))}
     for path, _, name in class_folders(pathlib.Path(new_test))["all"]:
-        if name not in task.new_names:
+        label = label_of.get(as_clip_reads(name))
+        if label is None:
             raise ValueError(
                 f"{new_test} holds a class '{name}' that {new_classes} does not name: name it there, "
                 "or take the folder out"
             )
-        items.append([path, task.new_names.index(name), name])
+        items.append([path, label, task.new_names[label]])
     task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
     return task
 
@@ -278,7 +329,7 @@ def read_names(path):
 # fmt: off
 OPTIONAL = {  # settings that may be missing, with their defaults
     "protocol": "base-to-new", "targets": ["all"], "unlabeled": None, "new_classes": None, "new_test": None,
-    "no_new": False, "no_reg_new": False, "pseudo_labeler": "clip",
+    "no_new": False, "no_reg_new": False, "pseudo_labeler": "clip", "names": None, "template": None,
 }
 # fmt: on
 
@@ -291,7 +342,7 @@ def task_of(settings, download=False):
     settings = {**OPTIONAL, **settings}
     check_settings(settings)
     name, shots, seed = settings["dataset"], settings["shots"], settings["seed"]
-    source = open_source(name, settings["root"], download)
+    source = open_source(name, settings["root"], download, settings["names"], settings["template"])
     if settings["protocol"] == "cross-dataset":
         targets = {target: open_source(target, settings["root"], download) for target in target_names(settings)}
         task = cross_dataset_task(name, source, targets, shots, seed)
@@ -302,6 +353,8 @@ def task_of(settings, download=False):
         task = own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test)
     else:
         task = open_task(source, shots, settings["unlabeled_shots"], seed)
+    if settings["template"] is not None:
+        task.label_template = settings["template"]
     look_for_images(task)
     return task
 
@@ -325,12 +378,12 @@ def check_settings(settings):
         raise ValueError("--dataset folder has no targets for the cross-dataset protocol: --root is its own")
 
 
-def open_source(name, root, download):
+def open_source(name, root, download, names=None, template=None):
     """`open_dataset` for a run. EuroSAT's 90 MB are fetched without being asked for. root: None is "data"."""
     root = root or "data"
     if name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists():
         download = True
-    return open_dataset(name, root, download)
+    return open_dataset(name, root, download, names, template)
 
 
 def target_names(settings):
@@ -401,6 +454,8 @@ def main():
     add("name", help=f"one of {', '.join(DATASETS)}")
     add("--root", default="data", metavar="DIR",
         help="the folder of the datasets (default: data); of 'folder' that of the class folders")
+    add("--names", metavar="FILE", help="of 'folder': JSON or CSV from its class folders to names")
+    add("--template", metavar="WORDS", help="of 'folder': words of zero-shot CLIP, {} for the name")
     add("--download", action="store_true", help="fetch what is missing of the dataset")
     add("--shots", type=at_least(1), default=16, metavar="N", help="images per class (default: 16)")
     add("--seed", type=at_least(0), default=1, metavar="N", help="of the few-shot draw (default: 1)")
@@ -409,7 +464,7 @@ def main():
         "test list with the split's labels, or a half of the draw with labels from 0")
     # fmt: on
     args = parser.parse_args()
-    source = open_dataset(args.name, args.root, args.download)
+    source = open_dataset(args.name, args.root, args.download, args.names, args.template)
     base, new = halves(source.split["train"])
     items = few_shot(source.split, args.shots, args.seed)
     items["base"], items["new"] = select(items["train"], base), select(items["train"], new)

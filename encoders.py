@@ -9,6 +9,7 @@ Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in 
 
 import hashlib
 import pathlib
+import unicodedata
 import warnings
 
 import safetensors.torch
@@ -214,13 +215,21 @@ def tokenize(clip_model, texts):
     try:
         tokens = clip.tokenize(texts, context_length=clip_model.context_length)
     except RuntimeError as error:
-        longest = max(texts, key=len)
+        longest = max(texts, key=lambda text: len(clip.clip._tokenizer.encode(text)))
         raise ValueError(
             f"the prompt '{longest[:20]} ... {longest[-40:]}' does not fit CLIP's {clip_model.context_length} "
             "positions: take fewer contexts or a shorter name"
         ) from error
     ends = tokens.argmax(dim=-1)  # the end-of-text token has the highest number
     return tokens[:, : ends.max() + 1].to(clip_model.positional_embedding.device), ends
+
+
+def as_clip_reads(name):
+    """What CLIP sees of a class name, a string: two names with the same are one class to it.
+
+    `_` is read as a space (the prompts here), blanks are joined, letters lower-cased, accents composed (its tokenizer).
+    """
+    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ")).lower().split())
 
 
 # CLIP without learned prompts -----------------------------------------------------------------------------------------

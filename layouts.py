@@ -59,7 +59,7 @@ def class_folders(images, renamed=None, ignored=()):
 
 def read_lines(path):
     """A text file's lines, stripped, without the empty ones. OSError: no such file. UnicodeDecodeError: not UTF-8."""
-    stripped = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    stripped = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]  # sig: a byte order mark
     return [line for line in stripped if line]
 
 
@@ -102,7 +102,7 @@ def eurosat(folder):
 
 def oxford_flowers(folder):
     """{"all"}: the labels of all images in one file, the classes' names in another, "1": "pink primrose"."""
-    names = json.loads((folder / "cat_to_name.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / "cat_to_name.json").read_text(encoding="utf-8-sig"))
     labels = read_mat(folder / "imagelabels.mat")["labels"][0]  # of image_00001.jpg, image_00002.jpg, ..., from 1
     return {"all": [[f"image_{i:05d}.jpg", int(label) - 1, names[str(label)]] for i, label in enumerate(labels, 1)]}
 
@@ -180,6 +180,11 @@ def imagenet(folder):
     lists = {"train": [], "val": [], "test": []}
     for part, place in (("train", "train"), ("test", "val")):
         images = folder / "images" / place
+        if not any(entry.is_dir() for entry in os.scandir(images)):
+            raise ValueError(
+                f"{images} holds no folders like n01440764; if the images lie there flat, sort them with the script "
+                "valprep.sh (soumith/imagenetloader.torch)"
+            )
         for label, wnid in enumerate(sorted(entry.name for entry in os.scandir(images) if entry.is_dir())):
             lists[part] += [[f"{place}/{wnid}/{image}", label, names[wnid]] for image in image_paths(images / wnid)[0]]
     return lists
@@ -231,7 +236,7 @@ def read_split(name, folder):
     if path is None:
         return make_split(name, folder)
     try:
-        split = json.loads(path.read_text(encoding="utf-8"))
+        split = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         split = None  # neither JSON nor a split
     if not is_split(split):
@@ -305,6 +310,8 @@ def split_by_rule(lists, seed=1):
     for group in by_label(lists.get("all", [])):
         rng.shuffle(group)
         train, val = round(len(group) * 0.5), round(len(group) * 0.2)
+        if len(group) == 3:  # CoOp's rule leaves none to test
+            val = 0
         split["train"] += group[:train]
         split["val"] += group[train : train + val]
         split["test"] += group[train + val :]

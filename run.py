@@ -108,7 +108,7 @@ def new_phase(learner, clip_model, task, args, record):
 
     Arguments as of `tune`; the learner is changed in place.
     """
-    foundation = ZeroShot(clip_model, task.new_names)  # in the words "a photo of a {}."
+    foundation = ZeroShot(clip_model, task.new_names, task.label_template)  # "a photo of a {}."
     if args.pseudo_labeler == "clip":
         labeler = PseudoLabeler(foundation)
     else:  # Table 5's other row: the prompts as phase 1 left them

@@ -57,6 +57,10 @@ def add_task(add):
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(DATASETS)} (default: demo)")
     add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data); for --dataset folder "
         "your own: DIR/<class name>/*.jpg, or DIR/train and DIR/test")  # fmt: skip
+    add("--names", metavar="FILE", help="of --dataset folder: JSON or CSV from class folders to names (default: the "
+        "folders' own)")  # fmt: skip
+    add("--template", metavar="WORDS", help="of --dataset folder: words of zero-shot CLIP and pseudo-labels, {} for "
+        "the name (default: a photo of a {}.)")  # fmt: skip
     add("--download", action="store_true", help="fetch what is missing, where a program can (EuroSAT: always)")
     add("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0], help="base-to-new (default, Table 1); cross-dataset: "
         "tune on all classes, score on --targets too (Table 2); few-shot: all classes, train and test")  # fmt: skip
@@ -171,7 +175,7 @@ def read_sentences(args):
         return demo.sentences() if args.dataset in DEMOS else None
     advice = 'give JSON, {"class name": ["a sentence", ...], ...}'
     try:
-        found = json.loads(pathlib.Path(args.sentences).read_text(encoding="utf-8"))
+        found = json.loads(pathlib.Path(args.sentences).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FileNotFoundError(f"cannot read --sentences {args.sentences} ({error.strerror}): {advice}") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ import pathlib
 import gdown
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -16,7 +17,7 @@ import images
 import layouts
 import record
 from backbones import CoOp
-from encoders import ZeroShot, load_clip
+from encoders import ZeroShot, as_clip_reads, clip, load_clip
 
 SMALL = ["--clip", "demo", "--shots", 2, "--epochs", 4, "--workers", 0]
 SOURCE = {"dataset": "demo", "root": None, "protocol": "cross-dataset", "shots": 1, "seed": 1}  # run.py's settings
@@ -65,7 +66,9 @@ def test_train_and_test_folders(own, tmp_path):
     lists = data.open_dataset("folder", own / "x").split
     assert [len(lists[part]) for part in ("train", "val", "test")] == [30, 0, 3]
     assert lists["test"][1] == ["test/blaue Tür/1.png", 1, "blaue Tür"]
-    (own / "x" / "test" / "old_gate").rename(own / "x" / "test" / "old gate")
+    (own / "x" / "test" / "old_gate").rename(own / "x" / "test" / "OLD gate")  # the same to CLIP
+    assert data.open_dataset("folder", own / "x").split["test"][0] == ["test/OLD gate/1.png", 2, "old_gate"]
+    (own / "x" / "test" / "OLD gate").rename(own / "x" / "test" / "old house")
     with pytest.raises(ValueError, match="the class 'old_gate' has no test image"):
         data.open_dataset("folder", own / "x")
 
@@ -86,12 +89,65 @@ def test_a_bad_folder_is_one_sentence(own, command, damage, message):
     assert code == 2 and message in err and err.count("\n") == 1 and not (own / "runs").exists()
 
 
-def test_two_classes_of_one_name_are_warned_about(own, capsys):
-    draw(own / "old gate" / "1.png")
+@pytest.mark.parametrize("twin", ["old gate", "Old_Gate", "BLAUE Tu\u0308r"])
+def test_names_that_are_one_to_clip_are_warned_about(twin, own, capsys):
+    """Blank for underscore, case, and a decomposed letter: clip's tokenizer gives the same tokens."""
     for number in range(10):
-        draw(own / "old gate" / f"{number}.png")
-    data.open_dataset("folder", own)
-    assert "classes 2 and 3 are both named 'old_gate'" in capsys.readouterr().err
+        draw(own / twin / f"{number}.png")
+    names = data.class_names(data.open_dataset("folder", own)).values()
+    assert f"'{twin}'" in capsys.readouterr().err
+    (one, other) = [name for name in names if as_clip_reads(name) == as_clip_reads(twin)]
+    tokens = clip.tokenize([one.replace("_", " "), other.replace("_", " ")])
+    assert torch.equal(*tokens) and len({as_clip_reads(name) for name in names}) == 3
+
+
+def test_names_in_every_kind_of_file(own, tmp_path, command, capsys):
+    """A byte order mark, CRLF and blanks; a new class that is a base class already; --new-test by what CLIP reads."""
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffFen\u00eatre \r\nRED door\r\n".encode())
+    assert data.read_names(names) == ["Fenêtre", "RED door"]
+    for name in ("Fene\u0302tre", "red_door"):
+        draw(tmp_path / "labeled" / name / "1.png")
+    draw(tmp_path / "new" / "1.png")
+    settings = {"dataset": "folder", "root": own, "shots": 2, "seed": 1, "unlabeled": tmp_path / "new"}
+    task = data.task_of({**settings, "new_classes": names, "new_test": tmp_path / "labeled"})
+    assert "classes 'Red Door' and 'RED door' have one name to CLIP" in capsys.readouterr().err
+    assert sorted(label for _, label, _ in task.tests["new"].items) == [0, 1]
+    assert task.new_names == data.read_names(names)
+
+
+def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
+    for text in ('\ufeff{"Red Door": "red door", "blaue Tür": "blue door", "old_gate": "gate"}',
+                 "Red Door,red door\r\nblaue Tür,blue door\r\nold_gate,gate\r\n"):  # fmt: skip
+        (tmp_path / "names").write_bytes(text.encode())
+        source = data.open_dataset("folder", own, names=tmp_path / "names", template="a {} in Bonn.")
+        assert list(data.class_names(source).values()) == ["red door", "blue door", "gate"]
+    ask = ["run.py", "--dataset", "folder", "--root", own, *SMALL, "--out", tmp_path / "runs", "--method", "mao"]
+    code, out, err = command(*ask, "--names", tmp_path / "names", "--template", "a {} in Bonn.")
+    assert code == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    config = json.loads((run / "config.json").read_text())
+    assert config["templates"] == {"base": "a {} in Bonn.", "new": "a {} in Bonn."}
+    assert config["classnames"] == ["red door", "blue door"]
+    code, again, err = command("run.py", "--eval", run)
+    assert code == 0 and again.splitlines()[3].split() == out.splitlines()[3].split()
+    (tmp_path / "names").write_text("Red Door,red door\n")
+    for options, message in (
+        (["--names", tmp_path / "names"], "no name for the class folder"),
+        (["--names", "nowhere"], "cannot read --names nowhere"),
+        (["--template", "a photo"], "needs {} once"),
+        (["--template", "a {} or {}"], "needs {} once"),
+        (["--dataset", "demo", "--template", "a {}"], "--template is for --dataset folder"),
+    ):
+        code, _, err = command(*ask, *options)
+        assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_three_images_have_one_to_test(own):
+    for path in list((own / "Red Door").iterdir())[3:]:
+        path.unlink()
+    split = data.open_dataset("folder", own).split
+    assert [sum(name == "Red Door" for _, _, name in split[part]) for part in ("train", "val", "test")] == [2, 0, 1]
 
 
 def test_a_class_with_fewer_images_than_shots_gives_all(own):
