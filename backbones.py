@@ -4,8 +4,8 @@ Read `PromptLearner` first, and after it any of the three alone. A prompt learne
 `image_features(images)` and `logit_scale`, as mao.py wants them. CLIP is frozen and stands in encoders.py.
 
 A context is what is learned: L vectors, P of Eq. 1. A prompt is what an encoder reads. The textual prompt P_t is the
-start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. Some
-learners have deep contexts too, which replace the first one between two layers. A learner's `state_dict()` holds its
+start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. MaPLe and
+PromptSRC have deep contexts too, which replace the first one between two layers. A learner's `state_dict()` holds its
 contexts, and what else it learns, alone.
 """
 
@@ -69,7 +69,7 @@ class PromptLearner(nn.Module):
         self.start = embedded[0, :1]  # the start token                              [1, w]
         self.suffix = embedded[:, length:]  # [CLASS], ".", end token, padding       [C, S, w]
         self.ends = ends - length  # the end token's position in its suffix          [C]
-        self.encoded = None  # g [C, d] of the step under way, where a learner's other losses need all classes
+        self.encoded = None  # a cache: PromptSRC's text_features fills it with g [C, d], its other_losses empty it
 
     @property
     def logit_scale(self):
@@ -108,7 +108,7 @@ class PromptLearner(nn.Module):
         return encode_text_fast(self.clip_model, self.prefix(), suffix, ends, self.deep_text())
 
     def take_encoded(self):
-        """g of all classes [C, d] as the step's `text_features` kept it; the step's graph is then let go."""
+        """g of all classes [C, d] that the step's `text_features` kept in `encoded`, which is then empty again."""
         g = self.text_features() if self.encoded is None else self.encoded
         self.encoded = None
         return g
@@ -126,7 +126,7 @@ class PromptLearner(nn.Module):
 class CoOp(PromptLearner):
     """CoOp [4]: L context vectors on the text side, shared by all classes; the image side is CLIP's own.
 
-    n_ctx: 4 (Table 6). ctx_init: words to start from; then their number counts, not n_ctx.
+    n_ctx: 4 (Table 6). ctx_init: words to start from; L is then the number of their tokens.
     """
 
     def __init__(self, clip_model, classnames, n_ctx=4, ctx_init=None):
@@ -141,7 +141,8 @@ class MaPLe(PromptLearner):
     """MaPLe [9]: contexts on both sides before each of the first `depth` layers; a Linear of the textual context gives
     the visual one.
 
-    n_ctx: 2 (Table 6). The text starts as "a photo of a", of which the first n_ctx tokens are learned (from 5 on, the
+    n_ctx: 2 (Table 6), on both sides: the Linear maps each vector to one, and so Table 6's 4 on the visual side cannot
+    be. The text starts as "a photo of a", of which the first n_ctx tokens are learned (from 5 on, the
     context starts at random). depth: 9 (Table 6), or all layers where there are fewer.
     """
 
@@ -232,8 +233,9 @@ class PromptSRC(PromptLearner):
     def other_losses(self, images, f):
         """The three self-consistency losses over all C classes, each between prompted and frozen CLIP: a scalar.
 
-        They are the L1 of text features, the L1 of image features, and the KL of the class probabilities, divided by
-        B*C as in the authors' code; weighted and summed. images: as of `image_features`. f: [B, d], what that returned.
+        They are the L1 of text features, the L1 of image features, and KL(frozen || prompted) of the class
+        probabilities, divided by B*C as in the authors' code; weighted and summed. images: as of `image_features`.
+        f: [B, d], what that returned.
         """
         images, f_0 = images if isinstance(images, tuple) else (images, None)
         if f_0 is None:
@@ -264,6 +266,7 @@ class PromptSRC(PromptLearner):
 def prompt_depth(transformer, depth):
     """How many layers to prompt: `depth`, or where it is None 9, or all where there are fewer (Table 6).
 
+    Table 6's "Depth of Prompt layer", 1 and 12, is not explained in the paper and has no code.
     ValueError: more than there are, or no transformer but a ResNet (None).
     """
     if transformer is None:

@@ -48,7 +48,10 @@ def end(name, main):
     What a user can mend is a ValueError or OSError: exit code 2, one sentence, no traceback.
     """
     try:
-        sys.exit(main())
+        code = main()
+        if code:
+            sys.exit(code)
+        return
     except KeyboardInterrupt:
         code, text = 130, "stopped; what was finished is kept"
     except (ValueError, OSError) as error:

@@ -2,7 +2,8 @@
 
 The model is the `clip` package's own, with its own weights. Each encoder stands here twice. The plain form runs every
 position through clip's own modules, as the authors' releases do. The fast form below it computes the same numbers with
-less work, and all else here runs it. tests/test_encoders.py ties the two together, values and gradients, in float64.
+less work; tuning and scoring run the fast form. tests/test_encoders.py ties the two together, values and gradients, in
+float64.
 
 Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in clip's order.
 """
@@ -32,9 +33,9 @@ def encode_text(clip_model, prompts, ends, deep=()):
     """g, plain: all positions of every prompt, through clip's own transformer (section 3.1).
 
     prompts: embedded prompts P_t, padded to CLIP's 77 positions [H, 77, w]. ends: int64 [H], the positions of their
-    end-of-text tokens, whose outputs are the features. deep: contexts [L, w], or [H, L, w] where each prompt has its
-    own. deep[i] replaces the outputs of layer i at positions 1..L; None replaces nothing. Returns [H, d], not
-    normalized.
+    end-of-text tokens, whose outputs are the features. deep: contexts [L, w] (MaPLe, PromptSRC), or [H, L, w] where
+    each prompt has its own (TCP). deep[i] replaces the outputs of layer i at positions 1..L; None replaces nothing
+    (TCP). Returns [H, d], not normalized.
     """
     x = (prompts + clip_model.positional_embedding).transpose(0, 1)  # [77, H, w], as clip's modules want it
     for layer, block in enumerate(clip_model.transformer.resblocks):
@@ -61,8 +62,8 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
     real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S], whether a suffix token is kept
     kept = real.nonzero()[:, 0].to(device)  # [T], which are
-    rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], the row of each in x; one after an end has that end's row
-    mask = torch.ones(S, A + S, dtype=torch.bool, device=device).tril(A)  # a token sees the prefix and its past
+    rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], each token's row in x; those after an end point at it, unread
+    mask = torch.ones(S, A + S, dtype=torch.bool, device=device).tril(A)  # suffix token s sees columns 0..A+s
     x = torch.cat([prefix + position[:A], (suffix + position[A : A + S]).flatten(0, 1)[kept]])  # [A + T, w]
 
     def unpacked(k):  # queries, keys or values prompt by prompt: [heads, A + T, .] -> [heads, H, S, .]
@@ -89,7 +90,7 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
         x = finish(block, x, torch.cat([p, s.flatten(1, 2).index_select(1, kept)], dim=1))
     end_rows = rows[S - 1 :: S]  # [H]
     q = q.index_select(1, end_rows).unsqueeze(2)  # [heads, H, 1, w/heads]
-    s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])
+    s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])  # the end tokens' rows
     x = finish(block, x[end_rows], s.squeeze(2))  # [H, w]
     return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
 
@@ -128,7 +129,7 @@ def encode_images(clip_model, images, context=None, deep=()):
 
 
 def encode_images_fast(clip_model, images, context=None, deep=()):
-    """The same features: arguments, errors and result as `encode_images`.
+    """The same features: arguments and result as `encode_images`.
 
     Batch-first tensors and fused attention, and the last layer runs for the class token alone.
     """

@@ -141,6 +141,11 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     if config["backbone"] not in BACKBONES:
         raise ValueError(f"{folder} is of a backbone '{config['backbone']}', and here are {', '.join(BACKBONES)} alone")
     task = task_of({**config, "root": root or config["root"]})
+    if task.base_names != config["classnames"]:
+        raise ValueError(
+            f"{folder} was tuned on other classes than {root or config['root'] or config['dataset']} has now "
+            f"({len(config['classnames'])} base classes, {', '.join(config['classnames'][:5])}, ...): restore the data"
+        )
     clip_model, sha256 = load_clip(clip or config["clip"], device)
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":

@@ -3,9 +3,11 @@
 This file needs PyTorch alone: copy it. Symbols, here and in the other files:
 
     I, f(I)    an image, and its feature; f: [B, d] are those of a batch of B images
-    C, g(C)    the classes a learner holds, C_b base or C_n new ones, and their text features; as a
-               size, their number: g: [C, d]
-    P_t, P_v   the textual and the visual prompt (Eq. 1), which are all that is learned
+    C, g(C)    the classes a learner holds, C_b base or C_n new ones, and their text features.
+               In a shape, C is how many classes: g: [C, d]
+    P          a context: L learned vectors, all that is learned (Eq. 1)
+    P_t, P_v   the textual prompt: start token, context, class name; and the visual one: a context
+               beside the patch tokens
     tau        CLIP's temperature; logit_scale is 1/tau, 100 for the released CLIPs
     b, K, H    base phase: anchors per batch, classes per anchor, candidates of a batch
 
@@ -13,17 +15,18 @@ A prompt learner, the paper's "backbone", is any object with
 
     text_features(classes=None)  g: [H, d], of the classes in the index tensor `classes` [H];
                                  [C, d], of all classes, where it is None
-    image_features(images)       f: [B, d], of images as the loader brings them; unit length, as g
+    image_features(images)       f: [B, d], of images as the loader brings them
     logit_scale                  1/tau
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
-                                 called last in a step
+                                 called last in a step, so that it may use what the step computed
     cross_entropy(f, g, targets, classes)
                                  optional, where its scores are more than the similarity of f and g:
                                  its own, over the candidates `classes` (None: all classes)
     logits(f, g)                 optional, in the same case: its scores at test [B, C]
 
-Text that depends on the image is [B, H, d]; image_features is called before text_features. What
-run.py needs besides stands in docs/backbone.md.
+f and g may have any length: `similarity_logits` scales them. Text that depends on the image is
+[B, H, d]; image_features is called before text_features. What run.py needs besides stands in
+docs/backbone.md.
 """
 
 import torch
@@ -132,8 +135,9 @@ def new_loss(learner, images, pseudo_labels):
     """reg-N: cross-entropy over all new classes C_n, which supersede the base classes (Eq. 8).
 
     images: I_n, B of them without labels, as the learner's image_features takes them.
-    pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes;
-    their names were tokenized once, then. Returns a scalar with a gradient.
+    pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes:
+    `set_classes` tokenized their names once, before the phase. Features are normalized in each loss
+    again, which costs nothing measurable. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]

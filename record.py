@@ -114,7 +114,7 @@ class Record:
         """Writes result.json: the row's scores, a dict, and what they cost. Returns both in one."""
         result = {
             **scores,
-            "learnable_parameters": sum(p.numel() for p in learner.parameters()),
+            "learnable_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
             "seconds": self.seconds,
             "peak_mib": peak_mib(self.config["device"]),
         }

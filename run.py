@@ -23,7 +23,7 @@ from mao import backbone_loss, base_loss, candidates, new_loss
 from phase import Phase
 from pseudolabel import PseudoLabeler
 from record import Record, folder_name
-from rivals import BACKBONES
+from rivals import BACKBONES  # the paper's three, and the six rivals
 from sampler import HardNegativeSampler
 
 
@@ -58,7 +58,7 @@ def main(arguments=None):
 
 
 def tune(clip_model, task, args, record):
-    """Tunes one row in MAO's two phases, each with half of the backbone's epochs, or in its one phase (section 3.2).
+    """Tunes one row: the plain backbone in one phase of 20 epochs, MAO in two of 10 (section 3.2, `settings.RECIPES`).
 
     clip_model: frozen. task: a `data.Task`. args: of `settings.row`, whose base_recipe and new_recipe hold the epochs
     of each phase. record: the row's `Record`. Returns the learner, and its state dicts {"base", "new"}: after phase 1
@@ -81,11 +81,11 @@ def base_phase(learner, clip_model, task, args, record):
 
     Arguments as of `tune`; the learner is changed in place.
     """
-    paths, labels = [path for path, _, _ in task.base_train], [label for _, label, _ in task.base_train]
-    dataset = Images(paths, task.read, augmentation(learner, clip_model, task, args), labels)
+    paths, all_labels = [path for path, _, _ in task.base_train], [label for _, label, _ in task.base_train]
+    dataset = Images(paths, task.read, augmentation(learner, clip_model, task, args), all_labels)
     mao = args.method == "mao" and not args.no_base
     if mao:
-        batches = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)  # Eq. 4
+        batches = HardNegativeSampler(all_labels, task.base_names, args.anchors, args.top_k, args.seed)  # Eq. 4
     else:
         batches = ShuffledBatches(len(dataset), args.base_recipe.batch_size, args.seed)
 
@@ -129,7 +129,7 @@ def new_phase(learner, clip_model, task, args, record):
     phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record)
     for _ in phase.epochs():
         seen, guesses = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
-        for images, indices in phase.batches():
+        for images, indices in phase.batches():  # one view each: CoPrompt, which has two, has no new phase
             with phase.precision():
                 frozen = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for labeler and learner
                 images_to_label = inputs(labeler.classifier, images, frozen)
@@ -155,7 +155,7 @@ def augmentation(learner, clip_model, task, args):
 def inputs(learner, images, frozen):
     """What a learner's image_features takes, where frozen CLIP's features [B, d] of images [B, 3, h, w] are known.
 
-    That is these features for a learner which leaves the image side alone; both, or the images, for others.
+    These features, where the learner leaves the image side alone. Both, where it uses both. Else the images.
     """
     if not learner.prompts_images:
         return frozen

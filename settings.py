@@ -22,12 +22,12 @@ class Recipe(NamedTuple):
 
     epochs: int
     lr: float  # at its highest, in epoch 2
-    batch_size: int  # of batches without hard negatives; those have b*K images
+    batch_size: int  # of random batches; a batch of hard negatives has b*K images
 
 
 RECIPES = {  # section 4.1 and appendix B
     "backbone": Recipe(20, 0.002, 32),  # the backbone without MAO
-    "mao": Recipe(10, 0.0035, 32),  # each of MAO's two phases: half the epochs
+    "mao": Recipe(10, 0.0035, 32),  # each of MAO's two phases: half of the backbone's epochs (section 3.2)
     "cross-dataset": Recipe(5, 0.0035, 32),  # every row of Table 2
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
@@ -105,8 +105,9 @@ def add_tuning(add):
     add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone.lr}, MAO and cross-dataset {mao.lr}")
     add("--batch-size", **COUNT, help=f"of the backbone and of MAO's new phase (default: {backbone.batch_size})")
     add("--anchors", **COUNT, help="b of the base phase (default: 4 from 32 base classes, else 2)")
-    add("--top-k", **COUNT, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them)")
-    add("--cache-views", **COUNT, help="coop: encode N views of each image once, draw from them (default: none)")
+    add("--top-k", **COUNT, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them, at least 2)")
+    add("--cache-views", **COUNT, help="where the image side is frozen, as in coop: encode N views of each image once, "
+        "draw from them (default: none)")  # fmt: skip
 
 
 def add_ablations(add):
@@ -163,7 +164,27 @@ def parse(arguments=None, description=None):
         raise ValueError(f"--pseudo-labeler tuned has no place with {args.backbone}: {refused}; leave it out")
     if args.sentences is not None and args.backbone != "coprompt":
         raise ValueError(f"--sentences is no setting of {args.backbone}: leave it out")
+    if args.ctx_init is not None and args.n_ctx is not None:
+        raise ValueError("--n-ctx has no place with --ctx-init, whose words give the number: leave one of them out")
+    refuse_without_effect(args)
     return args
+
+
+def refuse_without_effect(args):
+    """ValueError: an option that the others make meaningless, or a row of MAO without any phase of MAO."""
+    no_new = "--no-new" if args.no_new else None
+    if new_phase_refused(args):
+        no_new = f"--backbone {args.backbone}, which has no new phase"
+    if args.no_base and no_new and "mao" in args.method:
+        raise ValueError(f"--no-base and {no_new} leave nothing of MAO: leave one out, or add --method backbone")
+    without_effect = {  # by what is there
+        "--no-base": ("no_reg_base", "anchors", "top_k") if args.no_base else (),
+        no_new: ("no_reg_new", "pseudo_labeler", "unlabeled_shots") if no_new else (),
+    }
+    for cause, options in without_effect.items():
+        for option in options:
+            if option in args.changed:
+                raise ValueError(f"--{option.replace('_', '-')} has no effect with {cause}: leave it out")
 
 
 def read_sentences(args):
@@ -216,6 +237,9 @@ def fit(args, task, clip_model):
     for test in task.tests.values():
         names = names + test.names
     learner = BACKBONES[args.backbone](clip_model, names, **args.settings)  # raises where a name does not fit
+    for needed in ("text_features", "image_features", "logit_scale", "set_classes", "prompts_images"):
+        if not hasattr(learner, needed):
+            raise ValueError(f"the backbone {args.backbone} has no {needed}, which docs/backbone.md asks for: add it")
     if hasattr(learner, "sentences"):
         sentence_lists(clip_model, task.base_names, read_sentences(args))  # raises where a class has none
     count = len(task.base_names)  # C_b
@@ -246,30 +270,25 @@ def row(args, method, task):
     if args.recipe == "own":
         own = getattr(BACKBONES[args.backbone], "recipe", own)
     given = {field: getattr(args, field) for field in ("lr", "batch_size") if getattr(args, field) is not None}
-    first = second = None  # the epochs of two halves, where --epochs gives their sum
+    epochs = first = second = {}  # of the whole, and of MAO's two phases, where --epochs is given
     if "epochs" in args.changed:
-        first, second = args.epochs - args.epochs // 2, args.epochs // 2  # an odd epoch goes to the base phase
-        given["epochs"] = args.epochs
+        epochs = {"epochs": args.epochs}
+        first, second = {"epochs": args.epochs - args.epochs // 2}, {"epochs": args.epochs // 2}  # the odd one is first
 
     base = new = None
     if args.protocol == "cross-dataset" and method != "zeroshot":
-        base = RECIPES["cross-dataset"]._replace(**given)
+        base = RECIPES["cross-dataset"]._replace(**given, **epochs)
     elif method == "mao" and not args.no_base:
-        base = half(first, given)
+        base = RECIPES["mao"]._replace(**given, **first)
     elif method != "zeroshot":  # the backbone; with --no-base, also the first phase of MAO
         own_recipe = {field: own[field] for field in Recipe._fields if field in own}
-        base = RECIPES["backbone"]._replace(**{**own_recipe, **given})
+        base = RECIPES["backbone"]._replace(**{**own_recipe, **given, **epochs})
     if has_new_phase(args, method, task) and not new_phase_refused(args):
-        new = half(second, given)
+        new = RECIPES["mao"]._replace(**given, **second)
 
     optimizer = {"optimizer": own.get("optimizer", "sgd"), "eps": own.get("eps"), "lr_factors": own.get("lr_factors")}
     tuned_with = {"base_recipe": base, "new_recipe": new, "optimizer": optimizer}
     return argparse.Namespace(**{**vars(args), "method": method, **tuned_with, "augmentation": own.get("augmentation")})
-
-
-def half(epochs, given):
-    """The recipe of one of MAO's two phases (section 3.2). epochs: its half of --epochs, or None. given: options."""
-    return RECIPES["mao"]._replace(**{**given, "epochs": RECIPES["mao"].epochs if epochs is None else epochs})
 
 
 def has_new_phase(args, method, task):

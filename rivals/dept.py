@@ -28,7 +28,7 @@ class DePT(PromptLearner):
     """
 
     tuned_labeler_refused = "dept's features are not of unit length"
-    prompts_images = True  # not so, but the head wants features of their own length, and frozen ones come at length 1
+    prompts_images = True  # so that run.py passes images: the head wants features of their own length, not of length 1
     recipe = {  # of its CoOp host, for all datasets
         "optimizer": "sgd",
         "epochs": 10,

@@ -378,3 +378,29 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("result.json"))
     (folder,) = tmp_path.iterdir()
     assert lines(folder) and safetensors.torch.load_file(folder / "base.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--no-base --no-new", "--no-base and --no-new leave nothing of MAO"),
+        ("--no-base --backbone coprompt", "leave nothing of MAO"),
+        ("--no-base --top-k 3", "--top-k has no effect with --no-base"),
+        ("--no-new --unlabeled-shots 3", "--unlabeled-shots has no effect with --no-new"),
+        ("--backbone coprompt --pseudo-labeler tuned", "--pseudo-labeler has no effect with --backbone coprompt"),
+        ("--n-ctx 8 --ctx-init photo", "--n-ctx has no place with --ctx-init"),
+    ],
+)
+def test_an_option_without_effect_is_refused(command, tmp_path, options, message):
+    code, out, err = command("run.py", *options.split(), "--out", tmp_path / "runs")
+    assert code == 2 and message in err and err.count("\n") == 1 and out == "" and not (tmp_path / "runs").exists()
+
+
+def test_eval_refuses_other_classes(eurosat, command, tmp_path):
+    ask = ["run.py", "--dataset", "folder", "--root", eurosat / "eurosat" / "2750", "--clip", "demo", "--shots", 2]
+    code, _, err = command(*ask, "--epochs", 2, "--method", "backbone", "--workers", 0, "--out", tmp_path / "runs")
+    assert code == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    (eurosat / "eurosat" / "2750" / "Forest").rename(eurosat / "eurosat" / "2750" / "Wood")
+    code, _, err = command("run.py", "--eval", run)
+    assert code == 2 and "was tuned on other classes than" in err and err.count("\n") == 1
