@@ -8,23 +8,15 @@ float64.
 Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in clip's order.
 """
 
-import hashlib
-import pathlib
 import unicodedata
-import warnings
 
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns that it is deprecated
-    import clip
-    import clip.model
-
-DEMO_WEIGHTS = pathlib.Path(__file__).parent / "assets" / "demo-clip.pt"
-
+from checkpoints import DEMO_WEIGHTS as DEMO_WEIGHTS  # found here too, with the encoders they are for
+from checkpoints import clip as clip
+from checkpoints import load_clip as load_clip
 
 # The text encoder g ---------------------------------------------------------------------------------------------------
 
@@ -169,42 +161,7 @@ def layer_norm(norm, x):
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-# Loading and tokens ---------------------------------------------------------------------------------------------------
-
-
-def load_clip(name="ViT-B/16", device="cpu"):
-    """The frozen CLIP: (clip.model.CLIP in float32, SHA-256 of its file).
-
-    name: "demo", the small CLIP that comes along; a published model, which the clip package downloads on first use and
-    checks; or a checkpoint file. That is a published archive, a state dict by torch.save, or .safetensors. Other
-    pickles are refused. FileNotFoundError: no such file, or it cannot be downloaded. ValueError: not a CLIP checkpoint.
-    """
-    published = {model: url.split("/")[-2] for model, url in clip.clip._MODELS.items()}  # the SHA-256 is in the address
-    path = DEMO_WEIGHTS if name == "demo" else pathlib.Path(name)
-    if name in published:
-        sha256 = published[name]
-    elif path.is_file():
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    else:
-        raise FileNotFoundError(f"there is no CLIP '{name}': give a checkpoint file or one of {', '.join(published)}")
-    try:
-        if sha256 in published.values():
-            model, _ = clip.load(str(name), device="cpu")
-        elif path.suffix == ".safetensors":
-            model = clip.model.build_model(safetensors.torch.load_file(path))
-        else:
-            model = clip.model.build_model(dict(torch.load(path, map_location="cpu", weights_only=True)))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"CLIP {name} could not be downloaded ({error}): connect to the network once, or give a checkpoint file "
-            "with --clip"
-        ) from error
-    except Exception as error:  # torch, pickle and safetensors each raise their own on a broken file
-        raise ValueError(
-            f"{name} is not a CLIP checkpoint: it needs the state dict of a clip.model.CLIP; get the file again, or "
-            "give another with --clip"
-        ) from error
-    return model.float().eval().requires_grad_(False).to(device), sha256
+# Tokens ---------------------------------------------------------------------------------------------------------------
 
 
 def tokenize(clip_model, texts):

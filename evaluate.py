@@ -146,7 +146,9 @@ def score_again(folder, device, workers=0, root=None, clip=None):
             f"{folder} was tuned on other classes than {root or config['root'] or config['dataset']} has now "
             f"({len(config['classnames'])} base classes, {', '.join(config['classnames'][:5])}, ...): restore the data"
         )
-    clip_model, sha256 = load_clip(clip or config["clip"], device)
+    clip_model, sha256 = load_clip(
+        clip or config["clip"], device, config.get("clip_activation"), config.get("clip_head_width")
+    )
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None
@@ -175,7 +177,8 @@ def show(config, rows, backbone):
     for method, result in rows:
         line = [names[method]]
         line += ["-" if result[score] is None else f"{result[score]:.2f}" for score in scores]
-        line += [f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}", f"{result['peak_mib']:,.0f} MiB"]
+        line += [f"{result['learnable_parameters']:,}", f"{result['seconds']:.1f}"]
+        line.append("-" if result["peak_mib"] is None else f"{result['peak_mib']:,.0f} MiB")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines)]
     shots = "1 shot" if config["shots"] == 1 else f"{config['shots']} shots"

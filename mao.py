@@ -39,11 +39,12 @@ def similarity_logits(image_features, text_features, logit_scale):
     """The exponents of Eq. 3, <g, f> / tau with <,> the cosine: [B, H] (Eqs. 3 and 5).
 
     image_features: f [B, d]. text_features: g [H, d], a row per candidate, or [B, H, d] where text
-    depends on the image. logit_scale: 1/tau.
+    depends on the image. logit_scale: 1/tau. ValueError: their shapes do not go together.
 
     Features are normalized here because learners of other projects may not return unit length.
     Everything runs in float32 at least: logits reach 100, where half precision has steps of 1/16.
     """
+    check_features(image_features, text_features)
     dtype = torch.promote_types(image_features.dtype, torch.float32)  # float64 stays float64
     with torch.autocast(image_features.device.type, enabled=False):
         f = F.normalize(image_features.to(dtype), dim=-1)  # f(I) / ||f(I)||         [B, d]
@@ -59,8 +60,9 @@ def alterable_cross_entropy(image_features, text_features, targets, logit_scale)
     targets: int64 [B], the row of each image's class in text_features. The other arguments are
     those of `similarity_logits`. Returns the mean over the batch, in nats.
     """
+    check_labels(targets)
     logits = similarity_logits(image_features, text_features, logit_scale)  # [B, H]
-    return F.cross_entropy(logits, targets.to(logits.device))  # mean of -log p(y | I)
+    return F.cross_entropy(logits, targets.to(logits.device).long())  # mean of -log p(y | I)
 
 
 def cross_entropy(learner, f, g, targets, classes=None):
@@ -104,8 +106,9 @@ def candidates(labels):
 
     There are H <= b*K, since a class may come up twice; the paper's "b log K" is a slip.
     labels: int64 [b*K]. Returns `classes` [H], the sorted unique labels, and `targets` [b*K], the
-    labels as positions in `classes`: classes[targets] == labels.
+    labels as positions in `classes`: classes[targets] == labels. ValueError: other labels.
     """
+    check_labels(labels)
     return labels.unique(return_inverse=True)
 
 
@@ -143,3 +146,25 @@ def new_loss(learner, images, pseudo_labels):
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]
     loss = cross_entropy(learner, f, g, pseudo_labels)  # Eq. 8
     return loss + other_losses(learner, images, f)
+
+
+# What would otherwise broadcast to a wrong loss without a word.
+
+
+def check_features(f, g):
+    """ValueError: shapes other than f [B, d] and g [H, d], or g [B, H, d]."""
+    one_width = f.ndim == 2 and g.ndim in (2, 3) and g.shape[-1] == f.shape[1]
+    if not one_width or (g.ndim == 3 and len(g) != len(f)):
+        raise ValueError(
+            f"image features of shape {tuple(f.shape)} and text features of shape {tuple(g.shape)} "
+            "do not go together: give [B, d] and [H, d], or [B, H, d] for text that depends on it"
+        )
+
+
+def check_labels(labels):
+    """ValueError: labels other than ints in one dimension, [B]."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be ints of shape [B], and are {labels.dtype} of shape "
+            f"{tuple(labels.shape)}: give class numbers"
+        )

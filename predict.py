@@ -34,7 +34,9 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     backbone = header["backbone"]
     if backbone not in BACKBONES:
         raise ValueError(f"{prompt} is of a backbone '{backbone}', and here are {', '.join(BACKBONES)} alone")
-    clip_model, sha256 = load_clip(clip or header["clip"], device)
+    clip_model, sha256 = load_clip(
+        clip or header["clip"], device, header.get("clip_activation"), header.get("clip_head_width")
+    )
     state = read_prompts(prompt, backbone, sha256)
     learner = BACKBONES[backbone](clip_model, header.get("classnames", classnames), **header["settings"])
     try:

@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,11 @@ import sys
 import safetensors
 import safetensors.torch
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
@@ -104,8 +108,9 @@ class Record:
 
     def prompts(self, name, learner):
         """Writes the learner's state dict as `name`.safetensors; the header says what it belongs to."""
-        keys = ("dataset", "backbone", "settings", "clip", "clip_sha256", "classnames")
-        header = {key: self.config[key] for key in keys if key in self.config}
+        keys = ("dataset", "backbone", "settings", "clip", "clip_sha256", "clip_activation", "clip_head_width")
+        keys = (*keys, "classnames")
+        header = {key: self.config[key] for key in keys if self.config.get(key) is not None}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
@@ -175,8 +180,10 @@ def read_folder(folder):
 
 
 def peak_mib(device):
-    """Peak memory in MiB: on a GPU since its last reset, on a CPU the whole process's so far."""
+    """Peak memory in MiB: on a GPU since its last reset, on a CPU the whole process's so far; None on Windows."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return None
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -35,7 +35,7 @@ def main(arguments=None):
         return
 
     task = task_of(vars(args), args.download)
-    clip_model, sha256 = load_clip(args.clip, args.device)
+    clip_model, sha256 = load_clip(args.clip, args.device, args.clip_activation, args.clip_head_width)
     settings.fit(args, task, clip_model)
     zero_shot = ZeroShot(clip_model, task.base_names)
     tests = evaluate.Tests(task, zero_shot, args.device, args.workers)

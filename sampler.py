@@ -21,19 +21,39 @@ class HardNegativeSampler(Sampler):
     """A batch sampler: each of b anchor images brings its class's K nearest classes (Eq. 4).
 
     labels: ints, the class of each training image, in 0..C_b-1. classnames: the C_b base classes.
-    batch_size: b, the anchors of a batch, which then holds b*K images. top_k: K, classes per
-    anchor, its own (cosine 1) the first. seed: of all draws. encoder: list of names -> embeddings
-    [C_b, width], MiniLM unless given.
+    batch_size: b, the anchors of a batch, which then holds b*K images; so the attribute batch_size
+    is b*K, as other libraries read it. top_k: K, classes per anchor, its own (cosine 1) the first.
+    seed: of all draws. encoder: list of names -> embeddings [C_b, width], MiniLM unless given.
+    num_replicas, rank: of several processes, which share the batches of an epoch among them.
 
     Yields lists of b*K image indices: an anchor, then one image of each of its K-1 other classes,
     then the next anchor with its own, and so on. An epoch takes every image as an anchor once; a
     last incomplete batch is dropped where a full one exists.
-    ValueError: K not in 1..C_b, b < 1, a label outside 0..C_b-1, a class without images.
+    ValueError: K not in 1..C_b, b < 1, a label that is no int in 0..C_b-1, a class without images.
     """
 
-    def __init__(self, labels, classnames, batch_size=4, top_k=8, seed=1, encoder=None):
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.batch_size, self.top_k, self.seed, self.epoch = batch_size, top_k, seed, 1
+    def __init__(
+        self,
+        labels,
+        classnames,
+        batch_size=4,
+        top_k=8,
+        seed=1,
+        encoder=None,
+        num_replicas=1,
+        rank=0,
+    ):
+        self.labels = np.asarray(labels)
+        if self.labels.ndim != 1 or not (len(self.labels) == 0 or self.labels.dtype.kind in "iu"):
+            raise ValueError(
+                f"labels must be one int per image, and are {self.labels.dtype} of shape "
+                f"{self.labels.shape}: give a list of ints"
+            )
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank {rank} must lie in 0..{num_replicas - 1}, below num_replicas")
+        self.anchors, self.top_k, self.batch_size = batch_size, top_k, batch_size * top_k
+        self.seed, self.num_replicas, self.rank = seed, num_replicas, rank
+        self.set_epoch(1)
         count = len(classnames)
         if not 1 <= top_k <= count:
             raise ValueError(
@@ -54,6 +74,10 @@ class HardNegativeSampler(Sampler):
         encode = minilm if encoder is None else encoder
         with torch.no_grad():
             e = torch.as_tensor(encode([name.replace("_", " ") for name in classnames])).double()
+            if e.ndim != 2 or len(e) != count:
+                raise ValueError(
+                    f"encoder gave {tuple(e.shape)} for {count} names: one row for each"
+                )
             e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                      [C_b, width]
             cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                         [C_b, C_b]
             cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
@@ -65,22 +89,36 @@ class HardNegativeSampler(Sampler):
 
         Without a call, each pass moves on by one.
         """
-        self.epoch = epoch
+        self.epoch, self.done, self.under_way = epoch, 0, None
+
+    def state_dict(self):
+        """{"epoch", "position"}: where the pass under way stands, as torchdata's loader asks."""
+        epoch, position = self.under_way or (self.epoch, self.done)
+        return {"epoch": epoch, "position": position}
+
+    def load_state_dict(self, state):
+        """Makes the next pass go on where `state` was taken: after `position` batches."""
+        self.epoch, self.done, self.under_way = state["epoch"], state["position"], None
 
     def __len__(self):
-        return max(1, len(self.labels) // self.batch_size)
+        return max(1, len(self.labels) // self.anchors // self.num_replicas)
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        self.epoch += 1
+        epoch, done = self.epoch, self.done
+        self.epoch, self.done, self.under_way = epoch + 1, 0, (epoch, done)
+        rng = np.random.default_rng([self.seed, epoch])
         anchors = rng.permutation(len(self.labels))
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for step in range(len(self) * self.num_replicas):
             batch = []
-            for anchor in anchors[start : start + self.batch_size]:
+            for anchor in anchors[step * self.anchors : (step + 1) * self.anchors]:
                 batch.append(int(anchor))  # (i_b, t): the anchor keeps its own image
                 negatives = self.neighbors[self.labels[anchor], 1:]  # T'_b but t      [K-1]
                 batch += [int(rng.choice(self.images_of[label])) for label in negatives]
-            yield batch  # I'_b, whose labels are T'_b; a class may come up twice      [b*K]
+            turn, rank = divmod(step, self.num_replicas)
+            if rank == self.rank and turn >= done:  # the others are other processes', or done
+                self.under_way = epoch, turn + 1
+                yield batch  # I'_b, whose labels are T'_b; a class may come up twice  [b*K]
+        self.under_way = None
 
 
 def paper_batch(classes):

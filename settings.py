@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import demo
+from checkpoints import ACTIVATIONS
 from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, PROTOCOLS
 from images import default_workers
@@ -92,7 +93,11 @@ def add_model(add):
     add("--prompts", **COUNT, help="proda: prompts, each a context and a place of the name (default: 32)")
     add("--sentences", metavar="FILE", help="coprompt: JSON, class name to a list of sentences, as its authors' files "
         "(default: on the demo the world's own captions)")  # fmt: skip
-    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own)")
+    add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own); "
+        "or a checkpoint of OpenAI's, open_clip's or Hugging Face's layout")  # fmt: skip
+    add("--clip-activation", choices=list(ACTIVATIONS), help="of a checkpoint without a config beside it")
+    add("--clip-head-width", **COUNT, help="of a checkpoint without a config beside it: width of a vision head "
+        "(default: 64, where it can be)")  # fmt: skip
 
 
 def add_tuning(add):

@@ -156,3 +156,92 @@ def test_foreign_minilm_weights_are_refused(monkeypatch):
     monkeypatch.setattr("sampler.MINILM_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="is not the published all-MiniLM-L6-v2"):
         minilm(["a"])
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(3, 1).long(), torch.zeros(3).bool()])
+def test_labels_that_are_none_are_refused(labels):
+    """They would broadcast to a loss of B x B pairs, or fail far from here."""
+    learner, images = Plain([[1.0, 0.0], [0.0, 1.0]]), torch.randn(3, 2)
+    for loss in (backbone_loss, base_loss, new_loss):
+        with pytest.raises(ValueError, match=r"labels must be ints of shape \[B\], and are torch"):
+            loss(learner, images, labels)
+
+
+def test_features_that_do_not_go_together_are_refused():
+    f, targets = torch.randn(3, 2), torch.zeros(3).long()
+    for g in (torch.randn(4, 5), torch.randn(2, 4, 2), torch.randn(2), torch.randn(1, 3, 4, 2)):
+        with pytest.raises(ValueError, match="do not go together"):
+            alterable_cross_entropy(f, g, targets, 1.0)
+    with pytest.raises(ValueError, match="do not go together"):
+        alterable_cross_entropy(f[None], torch.randn(4, 2), targets, 1.0)
+    same = alterable_cross_entropy(f, torch.ones(3, 4, 2), targets.int(), 1.0)  # int32 labels, text of each image
+    assert same.item() == pytest.approx(math.log(4), abs=1e-6)
+
+
+def sampler_of(count, **options):
+    names = list(LINE)
+    return HardNegativeSampler(np.arange(count) % 4, names, batch_size=2, top_k=3, encoder=on_a_line, **options)
+
+
+def test_ranks_share_an_epoch():
+    """Disjoint batches, which together are those of one process, in every epoch."""
+    whole, ranks = sampler_of(24), [sampler_of(24, num_replicas=3, rank=rank) for rank in range(3)]
+    for _ in range(2):
+        batches = list(whole)
+        shared = [list(rank) for rank in ranks]
+        assert [len(rank) for rank in ranks] == [4, 4, 4] == [len(found) for found in shared]
+        assert [shared[step % 3][step // 3] for step in range(12)] == batches
+    with pytest.raises(ValueError, match="rank 3 must lie in 0..2"):
+        sampler_of(24, num_replicas=3, rank=3)
+
+
+def test_a_sampler_goes_on_from_its_state():
+    first = sampler_of(16)
+    list(first)
+    walk = iter(first)  # epoch 2
+    for _ in range(3):
+        next(walk)
+    second = sampler_of(16)
+    second.load_state_dict(first.state_dict())
+    assert first.state_dict() == {"epoch": 2, "position": 3} and list(second) == list(walk)
+    assert first.state_dict() == second.state_dict() == {"epoch": 3, "position": 0}
+    next(iter(first))  # a pass that is given up: the next one is epoch 4, whole
+    second.set_epoch(4)
+    assert list(first) == list(second) and len(list(first)) == 8
+
+
+@pytest.mark.parametrize("labels", [[[0], [1], [2], [3]], [0.0, 1.0, 2.0, 3.0], ["0", "1", "2", "3"]])
+def test_labels_of_a_sampler_are_ints(labels):
+    with pytest.raises(ValueError, match="labels must be one int per image"):
+        HardNegativeSampler(labels, list(LINE), batch_size=2, top_k=3, encoder=on_a_line)
+
+
+def test_an_encoder_has_a_row_for_each_name():
+    with pytest.raises(ValueError, match="encoder gave \\(3, 2\\) for 4 names"):
+        HardNegativeSampler([0, 1, 2, 3], list(LINE), 2, 3, encoder=lambda names: torch.randn(3, 2))
+
+
+def test_every_batch_arrives_under_accelerate():
+    """Its shard class compares each batch with `batch_size`, which is b*K: by b, it drops nearly all of them."""
+    from accelerate.data_loader import BatchSamplerShard as shard
+
+    whole = list(sampler_of(24))
+    shards = [list(shard(sampler_of(24), num_processes=2, process_index=rank)) for rank in range(2)]
+    assert [shards[step % 2][step // 2] for step in range(12)] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchdatas_loader_goes_on_where_it_stopped(workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader():
+        return StatefulDataLoader(torch.arange(16), batch_sampler=sampler_of(16), num_workers=workers)
+
+    first, second = loader(), loader()
+    list(first)  # epoch 1
+    walk = iter(first)
+    for _ in range(3):
+        next(walk)
+    second.load_state_dict(first.state_dict())
+    rest = [batch.tolist() for batch in walk]
+    assert len(rest) == 5 and [batch.tolist() for batch in second] == rest
