@@ -5,8 +5,8 @@ Read `PromptLearner` first, and after it any of the three alone. A prompt learne
 
 A context is what is learned: L vectors, P of Eq. 1. A prompt is what an encoder reads. The textual prompt P_t is the
 start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. MaPLe and
-PromptSRC have deep contexts too, which replace the first one between two layers. A learner's `state_dict()` holds its
-contexts, and what else it learns, alone.
+PromptSRC have deep contexts too: after each of the first layers the next one takes the place of the last. A learner's
+`state_dict()` holds its contexts, and what else it learns, alone.
 """
 
 import copy
@@ -69,7 +69,7 @@ class PromptLearner(nn.Module):
         self.start = embedded[0, :1]  # the start token                              [1, w]
         self.suffix = embedded[:, length:]  # [CLASS], ".", end token, padding       [C, S, w]
         self.ends = ends - length  # the end token's position in its suffix          [C]
-        self.encoded = None  # a cache: PromptSRC's text_features fills it with g [C, d], its other_losses empty it
+        self.encoded = None  # a cache of g [C, d]: some learners' text_features fill it, `take_encoded` empties it
 
     @property
     def logit_scale(self):
@@ -141,8 +141,8 @@ class MaPLe(PromptLearner):
     """MaPLe [9]: contexts on both sides before each of the first `depth` layers; a Linear of the textual context gives
     the visual one.
 
-    n_ctx: 2 (Table 6), on both sides: the Linear maps each vector to one, and so Table 6's 4 on the visual side cannot
-    be. The text starts as "a photo of a", of which the first n_ctx tokens are learned (from 5 on, the
+    n_ctx: 2 (Table 6), on both sides: the Linear maps each vector to one, and so Table 6's 4 on the visual side is
+    impossible. The text starts as "a photo of a", of which the first n_ctx tokens are learned (from 5 on, the
     context starts at random). depth: 9 (Table 6), or all layers where there are fewer.
     """
 

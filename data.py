@@ -162,12 +162,11 @@ def warn_of_twins(names):
 
 
 def few_shot(split, shots, seed):
-    """CoOp's draw: {"train"} of `shots` items per class, {"val"} of min(shots, 4); all, where there are fewer.
+    """CoOp's draw: {"train": `shots` items per class, "val": min(shots, 4)}. A class that has fewer gives all.
 
-    Nothing here tunes on "val"; it is drawn so that data.py's lists are CoOp's.
-
-    One generator draws first from the train list, then from the val list, in the order of the labels there (Dassl's
-    generate_fewshot_dataset, which CoOp calls). split: of a `Source`. seed: CoOp's are 1, 2 and 3.
+    One generator draws first from the train list, then from the val list, in the order of the labels there, by first
+    appearance (Dassl's generate_fewshot_dataset, which CoOp calls). Nothing here tunes on "val"; it is drawn for CoOp's
+    lists. split: {"train", "val"}, lists of [path, label, class name]. seed: CoOp's are 1, 2 and 3.
     """
     rng, drawn = random.Random(seed), {"train": [], "val": []}
     for part, count in (("train", shots), ("val", min(shots, 4))):
@@ -238,7 +237,7 @@ def open_task(source, shots=16, unlabeled_shots=None, seed=1):
     if len(base) < 2 or not new:
         raise ValueError(f"{len(base + new)} classes are too few to halve into base and new: 3 are the least")
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
-    new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same draw
+    new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
     return Task(
         crop_scale=source.crop_scale,
         base_names=tests["base"].names,

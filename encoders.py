@@ -54,7 +54,7 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
     real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S], whether a suffix token is kept
     kept = real.nonzero()[:, 0].to(device)  # [T], which are
-    rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], each token's row in x; those after an end point at it, unread
+    rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], each token's row in x; a token behind the end has the end's
     mask = torch.ones(S, A + S, dtype=torch.bool, device=device).tril(A)  # suffix token s sees columns 0..A+s
     x = torch.cat([prefix + position[:A], (suffix + position[A : A + S]).flatten(0, 1)[kept]])  # [A + T, w]
 
@@ -97,9 +97,9 @@ def image_tokens(visual, images, context=None):
     makes no difference: position embeddings are added before, and attention here does not see the order of tokens.
     """
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
-    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+    x = torch.cat([visual.class_embedding.expand(x.shape[0], 1, -1), x], dim=1) + visual.positional_embedding
     if context is not None:
-        x = torch.cat([x, context.expand(len(x), -1, -1)], dim=1)  # (I, P_v)
+        x = torch.cat([x, context.expand(x.shape[0], -1, -1)], dim=1)  # (I, P_v)
     return x
 
 
@@ -107,7 +107,7 @@ def encode_images(clip_model, images, context=None, deep=()):
     """f, plain: a ViT's layers by clip's own modules; a ResNet runs as clip has it (section 3.1).
 
     images: [B, 3, h, w]. context: the visual prompt P_v [L, w], or None. deep: contexts [L, w]; deep[i]
-    replaces the outputs of layer i at its positions. Returns [B, d], not normalized.
+    replaces the outputs of layer i at the context's positions, the last L. Returns [B, d], not normalized.
     """
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):
@@ -132,7 +132,7 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     layers = visual.transformer.resblocks
     for layer, block in enumerate(layers):
         if 0 < layer <= len(deep):
-            x = torch.cat([x[:, : -len(context)], deep[layer - 1].expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x[:, : -len(context)], deep[layer - 1].expand(x.shape[0], -1, -1)], dim=1)
         q, k, v = project(block, x)  # [B, heads, T, w/heads]
         if block is layers[-1]:
             break

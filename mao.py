@@ -4,7 +4,7 @@ This file needs PyTorch alone: copy it. Symbols, here and in the other files:
 
     I, f(I)    an image, and its feature; f: [B, d] are those of a batch of B images
     C, g(C)    the classes a learner holds, C_b base or C_n new ones, and their text features.
-               In a shape, C is how many classes: g: [C, d]
+               In a shape or a range, C is how many classes: g: [C, d]
     P          a context: L learned vectors, all that is learned (Eq. 1)
     P_t, P_v   the textual prompt: start token, context, class name; and the visual one: a context
                beside the patch tokens
@@ -20,8 +20,8 @@ A prompt learner, the paper's "backbone", is any object with
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
                                  called last in a step, so that it may use what the step computed
     cross_entropy(f, g, targets, classes)
-                                 optional, where its scores are more than the similarity of f and g:
-                                 its own, over the candidates `classes` (None: all classes)
+                                 optional: its own, over `classes` (None: all classes), for scores
+                                 that are more than a similarity
     logits(f, g)                 optional, in the same case: its scores at test [B, C]
 
 f and g may have any length: `similarity_logits` scales them. Text that depends on the image is
@@ -139,8 +139,8 @@ def new_loss(learner, images, pseudo_labels):
 
     images: I_n, B of them without labels, as the learner's image_features takes them.
     pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes:
-    `set_classes` tokenized their names once, before the phase. Features are normalized in each loss
-    again, which costs nothing measurable. Returns a scalar with a gradient.
+    run.py's `set_classes` tokenized their names once, before the phase. Features are normalized in
+    each loss again, which costs nothing measurable. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]

@@ -108,8 +108,8 @@ def make_optimizer(learner, lr, optimizer, eps, lr_factors):
 def learning_rate(epoch, epochs, lr):
     """The rate of an epoch in 1..epochs: one epoch of warm-up, then a cosine, as in the authors' release.
 
-    The cosine is stepped once per epoch. Epoch 2 has lr itself. It would reach 0 two epochs after the last one, whose
-    rate is 2% of lr in a phase of 20 epochs, 10% in one of 10, 35% in one of 5. The paper does not say.
+    The cosine is stepped once per epoch. Epoch 2 has lr itself. It would reach 0 two epochs after the last one. So the
+    last rate is 2% of lr in a phase of 20 epochs, 10% in one of 10, 35% in one of 5. The paper does not say.
     """
     if epoch == 1:
         return settings.WARMUP_LR

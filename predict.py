@@ -20,6 +20,7 @@ from cli import Parser, at_least, end
 from data import read_names
 from encoders import load_clip
 from evaluate import scorer
+from export import export
 from images import FolderReader, Images, UnreadableImage, default_workers, find_images, model_input, test_transform
 from record import read_header, read_prompts, write
 from rivals import BACKBONES
@@ -94,22 +95,29 @@ def arguments():
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
-    add("images", metavar="IMAGE_OR_DIR", help="an image, or a folder, its subfolders included")
+    add("images", metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder, its subfolders included")
     add("--prompt", required=True, metavar="FILE", help="prompts that run.py left: new.safetensors for the new "
         "classes, base.safetensors for the base classes")
     add("--classes", required=True, metavar="FILE", help="the candidates' names, one per line")
     add("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
+    add("--export", metavar="FILE", help="write the tuned classifier for other programs: .safetensors, a head for any "
+        "CLIP user, or .onnx, image encoder and head (see export.py)")
     add("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
     add("--device", choices=["cpu", "cuda"], default=device, help="default: cuda where there is one")
     add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; none for one "
         "image)")
     # fmt: on
     args = parser.parse_args()
-    args.images, args.out = pathlib.Path(args.images), pathlib.Path(args.out)
+    if args.images is None and args.export is None:
+        raise ValueError("nothing to do: give an image or a folder, or --export FILE")
+    args.images, args.out = args.images and pathlib.Path(args.images), pathlib.Path(args.out)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out} must be a file in a folder that is there: give another")
+    for option, path in (("--out", args.out), ("--export", pathlib.Path(args.export or args.out))):
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"{option} {path} must be a file in a folder that is there: give another")
+    if args.images is None:
+        return args
     if not args.images.exists():
         raise FileNotFoundError(f"there is no image or folder {args.images}: give one")
     if args.workers is None:
@@ -118,15 +126,24 @@ def arguments():
 
 
 def main():
+    """Exports the classifier, predicts, or both. Returns what `classify` does."""
+    args = arguments()
+    classes = read_names(args.classes)
+    learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
+    if args.export is not None:
+        export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution)
+        print(f"{len(classes)} classes in {args.export}")
+    if args.images is not None:
+        return classify(args, learner, clip_model, classes)
+
+
+def classify(args, learner, clip_model, classes):
     """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
 
     UnreadableImage: the single image could not be.
     """
-    args = arguments()
     single = args.images.is_file()
     folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
-    classes = read_names(args.classes)
-    learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
     images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
     probabilities, troubles = predict(learner, DataLoader(images, 64, num_workers=args.workers), args.device)
     if single and troubles[0]:

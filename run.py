@@ -60,9 +60,10 @@ def main(arguments=None):
 def tune(clip_model, task, args, record):
     """Tunes one row: the plain backbone in one phase of 20 epochs, MAO in two of 10 (section 3.2, `settings.RECIPES`).
 
-    clip_model: frozen. task: a `data.Task`. args: of `settings.row`, whose base_recipe and new_recipe hold the epochs
-    of each phase. record: the row's `Record`. Returns the learner, and its state dicts {"base", "new"}: after phase 1
-    and after the last one. ValueError: tuning diverged.
+    Where there are no new classes, MAO is its base phase alone. clip_model: frozen. task: a `data.Task`. args: of
+    `settings.row`; base_recipe and new_recipe have the epochs of each phase, None where there is no such phase.
+    record: the row's `Record`. Returns the learner, and its state dicts {"base", "new"}: after phase 1 and after the
+    last one. ValueError: tuning diverged.
     """
     torch.manual_seed(args.seed)
     learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
@@ -153,9 +154,9 @@ def augmentation(learner, clip_model, task, args):
 
 
 def inputs(learner, images, frozen):
-    """What a learner's image_features takes, where frozen CLIP's features [B, d] of images [B, 3, h, w] are known.
+    """What a learner's image_features takes of images [B, 3, h, w] and frozen CLIP's features [B, d] of them.
 
-    These features, where the learner leaves the image side alone. Both, where it uses both. Else the images.
+    CoOp takes the features, PromptSRC the pair (images, features), MaPLe the images.
     """
     if not learner.prompts_images:
         return frozen

@@ -112,7 +112,7 @@ class HardNegativeSampler(Sampler):
             batch = []
             for anchor in anchors[step * self.anchors : (step + 1) * self.anchors]:
                 batch.append(int(anchor))  # (i_b, t): the anchor keeps its own image
-                negatives = self.neighbors[self.labels[anchor], 1:]  # T'_b but t      [K-1]
+                negatives = self.neighbors[self.labels[anchor], 1:]  # T'_b without t  [K-1]
                 batch += [int(rng.choice(self.images_of[label])) for label in negatives]
             turn, rank = divmod(step, self.num_replicas)
             if rank == self.rank and turn >= done:  # the others are other processes', or done

@@ -28,7 +28,9 @@ class Recipe(NamedTuple):
 
 RECIPES = {  # section 4.1 and appendix B
     "backbone": Recipe(20, 0.002, 32),  # the backbone without MAO
-    "mao": Recipe(10, 0.0035, 32),  # each of MAO's two phases: half of the backbone's epochs (section 3.2)
+    # Each of MAO's two phases: half of the backbone's epochs (section 3.2). With b = 4 anchors instead of 32 images, an
+    # epoch of the base phase has 8 times as many steps.
+    "mao": Recipe(10, 0.0035, 32),
     "cross-dataset": Recipe(5, 0.0035, 32),  # every row of Table 2
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
@@ -54,7 +56,7 @@ def parser(description=None):
 
 
 def add_task(add):
-    """Which images and classes; add: `add_argument` of the group, here and below."""
+    """Which images and classes. add: the group's `add_argument`, here and below."""
     add("--dataset", default="demo", metavar="NAME", help=f"one of {', '.join(DATASETS)} (default: demo)")
     add("--root", metavar="DIR", help="folder of the datasets, in CoOp's layout (default: data); for --dataset folder "
         "your own: DIR/<class name>/*.jpg, or DIR/train and DIR/test")  # fmt: skip
@@ -275,10 +277,11 @@ def row(args, method, task):
     if args.recipe == "own":
         own = getattr(BACKBONES[args.backbone], "recipe", own)
     given = {field: getattr(args, field) for field in ("lr", "batch_size") if getattr(args, field) is not None}
-    epochs = first = second = {}  # of the whole, and of MAO's two phases, where --epochs is given
+    epochs = first = second = {}  # what --epochs overrides: of one phase, of MAO's first, of its second
     if "epochs" in args.changed:
         epochs = {"epochs": args.epochs}
-        first, second = {"epochs": args.epochs - args.epochs // 2}, {"epochs": args.epochs // 2}  # the odd one is first
+        first = {"epochs": args.epochs - args.epochs // 2}  # an odd epoch is the base phase's
+        second = {"epochs": args.epochs // 2}
 
     base = new = None
     if args.protocol == "cross-dataset" and method != "zeroshot":

@@ -1,8 +1,8 @@
 """DePT [10], "Decoupled Prompt Tuning", here on CoOp.
 
-Against CoOp it adds a linear head z, trained beside the similarity scores a. What only the base classes need can go
-there. FiLM layers scale and shift the features before it. In training the head also classifies the text features of the
-batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
+Against CoOp it adds a linear head z, trained beside the similarity scores a. The head can take up what only the base
+classes need. FiLM layers scale and shift the features before it. In training the head also classifies the text features
+of the batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
 
     a = <u, w_c> / tau (cosine),  z(x) = W x + b
     L = 0.3 * CE(a, y) + 0.7 * CE([z(s_t * w_y + b_t), z(s_i * u + b_i)], [y, y]);  at test 0.3 a + 0.7 z, base classes

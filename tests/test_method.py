@@ -245,3 +245,47 @@ def test_torchdatas_loader_goes_on_where_it_stopped(workers):
     second.load_state_dict(first.state_dict())
     rest = [batch.tolist() for batch in walk]
     assert len(rest) == 5 and [batch.tolist() for batch in second] == rest
+
+
+class Step(torch.nn.Module):
+    """What DDP wraps: its forward is the loss, so that its backward adds up the gradients of all processes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Parameter(torch.randn(4, 2))
+
+    logit_scale = 3.0
+
+    def text_features(self, classes=None):
+        return self.words if classes is None else self.words[classes]
+
+    def image_features(self, images):
+        return images
+
+    def forward(self, images, labels):
+        return base_loss(self, images, labels)
+
+
+def batches_of_rank(rank, num_replicas):
+    images = torch.randn(16, 2, generator=torch.Generator().manual_seed(1))
+    for indices in sampler_of(16, num_replicas=num_replicas, rank=rank):
+        yield images[indices], torch.tensor([index % 4 for index in indices])
+
+
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    step = torch.nn.parallel.DistributedDataParallel(Step())
+    for images, labels in batches_of_rank(rank, 2):
+        step(images, labels).backward()
+    torch.save(step.module.words.grad, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    step = Step()
+    for images, labels in batches_of_rank(0, 1):
+        (step(images, labels) / 2).backward()  # DDP takes the mean over its processes
+    for rank in range(2):
+        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), step.words.grad, atol=1e-6)
