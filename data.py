@@ -149,13 +149,15 @@ def check_classes(source):
     warn_of_twins(names.values())
 
 
-def warn_of_twins(names):
-    """Warns about class names that CLIP cannot tell apart."""
-    names, first = list(names), {}
-    for position, name in enumerate(names):
-        other = first.setdefault(as_clip_reads(name), position)
-        if other != position:
-            warn(f"the classes '{names[other]}' and '{name}' have one name to CLIP: no prompt can tell them apart")
+def warn_of_twins(names, known=None):
+    """Warns about class names that CLIP cannot tell apart: among `names`, or of `names` and those `known`."""
+    first = {as_clip_reads(name): name for name in known or ()}
+    for name in names:
+        other = first.get(as_clip_reads(name))
+        if other is not None:
+            warn(f"the classes '{other}' and '{name}' have one name to CLIP: no prompt can tell them apart")
+        elif known is None:
+            first[as_clip_reads(name)] = name
 
 
 # The few-shot draw and the halves -------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
     task = few_shot_task(source, shots, seed)
     task.tests = {"base": test_set(source)}
     task.new_names = read_names(new_classes)
-    warn_of_twins([*task.base_names, *task.new_names])
+    warn_of_twins(task.new_names, task.base_names)
     task.new_train, task.new_read = find_images(unlabeled), FolderReader(pathlib.Path(unlabeled))
     if new_test is None:
         return task
@@ -322,6 +324,7 @@ def read_names(path):
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{path} names '{name}' twice: give each class once")
+    warn_of_twins(names)
     return names
 
 

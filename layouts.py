@@ -37,7 +37,9 @@ def class_folders(images, renamed=None, ignored=()):
     """
     ignored = (*ignored, "__MACOSX")
     folders = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    folders = [folder for folder in folders if folder.name not in ignored]
+    here = images.resolve()
+    loops = {here, *here.parents}  # where a link would lead back to
+    folders = [folder for folder in folders if folder.name not in ignored and folder.resolve() not in loops]
     if not folders:
         raise ValueError(f"{images} holds no class folders: what is wanted is {images}/<class name>/*.jpg")
     items, others = [], collections.Counter()

@@ -1,13 +1,18 @@
 """An image is what a viewer shows: depth, transparency, orientation and frames; what a folder holds; broken ones."""
 
+import json
 import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 import images
+import layouts
+import record
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = np.stack([GRAY, GRAY.T, GRAY[::-1]], axis=2)[:12]  # [12, 16, 3]
@@ -122,3 +127,41 @@ def test_what_a_folder_holds(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "2 files are left out that Pillow does not take for images: 1 .txt, 1 no ending" in err
     assert err.count("\n") == 1
+
+
+def test_a_class_folder_that_leads_back_is_no_class(tmp_path):
+    for name in ("cat", "dog", "owl"):
+        for number in range(4):
+            make(tmp_path / "photos" / name / f"{number}.png")
+    os.symlink(tmp_path / "photos", tmp_path / "photos" / "again")
+    os.symlink(tmp_path, tmp_path / "photos" / "up")
+    make(tmp_path / "elsewhere" / "1.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "yak")
+    items = layouts.class_folders(tmp_path / "photos")["all"]
+    assert len(items) == 13 and {name for _, _, name in items} == {"cat", "dog", "owl", "yak"}
+
+
+def test_workers_that_are_spawned(tmp_path):
+    """As on Windows and macOS: what a worker gets can be pickled, and the images are the same."""
+    for number in range(4):
+        make(tmp_path / f"{number}.png")
+    dataset = images.Images(
+        images.find_images(tmp_path), images.FolderReader(tmp_path), images.train_transform(32, (0.5, 1.0))
+    )
+    batches = [[(0, 11), (1, 12)], [(2, 13), (3, 14)]]
+    found = []
+    for workers in ({"num_workers": 0}, {"num_workers": 1, "multiprocessing_context": "spawn"}):
+        found.append([batch for batch, _ in DataLoader(dataset, batch_sampler=batches, **workers)])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_without_the_module_resource(monkeypatch, command, tmp_path):
+    """Windows has none: the peak memory is then not known, and nothing else changes."""
+    monkeypatch.setattr(record, "resource", None)
+    ask = ["run.py", "--shots", 1, "--epochs", 2, "--method", "backbone", "--workers", 0, "--out", tmp_path]
+    code, out, err = command(*ask)
+    assert code == 0 and out.splitlines()[3].split()[-1] == "-", err
+    (run,) = tmp_path.iterdir()
+    assert json.loads((run / "result.json").read_text())["peak_mib"] is None
+    code, again, _ = command("run.py", "--eval", run)
+    assert code == 0 and again.splitlines()[3] == out.splitlines()[3]
