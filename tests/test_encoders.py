@@ -114,3 +114,11 @@ def test_contexts_of_each_prompts_own(monkeypatch, small):
 def test_tokens_are_cut_after_the_longest(small):
     tokens, ends = tokenize(small, ["a", "a photo of a blue circle."])
     assert tokens.shape[1] == ends.max() + 1 and (tokens[torch.arange(2), ends] == 49407).all()
+
+
+def test_the_name_with_the_most_tokens_is_named(small):
+    """Not the longest text: digits and signs take a token each."""
+    long, many = "antidisestablishmentarianism " * 8, "1 2 3 4 5 6 7 8 9 " * 9
+    assert len(long) > len(many)
+    with pytest.raises(ValueError, match=r"the prompt '1 2 3 4 5 6 7 8 9 1 2.* does not fit CLIP's 77 positions"):
+        tokenize(small, [long, many])

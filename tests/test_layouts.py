@@ -282,3 +282,13 @@ def test_broken_lists_are_one_sentence(name, file, content, tmp_path, command):
     (tmp_path / folder / file).write_bytes(content)
     code, _, err = command("data.py", name, "--root", tmp_path)
     assert code == 2 and err.count("\n") == 1 and "cannot be read" in err and not list(tmp_path.rglob("split_*"))
+
+
+def test_imagenets_validation_images_lying_flat(tmp_path):
+    folder = tmp_path / "imagenet"
+    for place in ("train/n01440764", "val"):
+        (folder / "images" / place).mkdir(parents=True)
+        (folder / "images" / place / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    (folder / "classnames.txt").write_text("n01440764 tench\n")
+    with pytest.raises(ValueError, match="if the images lie there flat, sort them with the script valprep.sh"):
+        layouts.read_split("imagenet", folder)
