@@ -120,5 +120,5 @@ def test_the_name_with_the_most_tokens_is_named(small):
     """Not the longest text: digits and signs take a token each."""
     long, many = "antidisestablishmentarianism " * 8, "1 2 3 4 5 6 7 8 9 " * 9
     assert len(long) > len(many)
-    with pytest.raises(ValueError, match=r"the prompt '1 2 3 4 5 6 7 8 9 1 2.* does not fit CLIP's 77 positions"):
+    with pytest.raises(ValueError, match=r"the prompt '1 2 3 4 5 6 7 8 9 1  ... .* does not fit CLIP's 77 positions"):
         tokenize(small, [long, many])
