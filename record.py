@@ -8,6 +8,7 @@
 Every file is written beside its place and then renamed, so none is ever half-written.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -29,6 +31,7 @@ except ImportError:  # Windows
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
+ELSEWHERE = ["out", "workers", "download", "device", "threads", "eval"]  # settings that do not change what is tuned
 FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
 
 
@@ -77,10 +80,32 @@ def versions():
     return {"python": platform.python_version(), **found, "git": revision or None}
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """While this lasts, no other process writes into a run's folder. ValueError: one does. OSError: no place for it.
+
+    The lock is a file beside the folder, and ends with the process however that ends.
+    """
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(f"another run is writing into {folder}: wait for it, or give another --out") from error
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
+    try:
+        yield
+    finally:
+        pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 class Record:
     """Writes the folder of one row; a GPU's peak memory starts anew.
 
-    A finished run that is there already stands aside as `<folder>.previous` until this one is finished too.
+    A finished run that is there already stands aside as `<folder>.previous` until this one is finished too. ValueError:
+    it is of other settings, and would be lost.
     """
 
     def __init__(self, folder, config):
@@ -93,12 +118,28 @@ class Record:
         except OSError as error:
             raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
         if (self.folder / "result.json").exists():
+            self.refuse_others()
             shutil.rmtree(self.previous, ignore_errors=True)
             os.replace(self.folder, self.previous)
             self.folder.mkdir()
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
+
+    def refuse_others(self):
+        """ValueError: the finished run in the folder is of other settings. Two can have one name, as of two --root."""
+
+        def place(value):  # two ways to write one path are one
+            return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+        there = read_folder(self.folder)[0]
+        here = json.loads(json.dumps(self.config))
+        shared = [key for key in here if key in there and key not in ELSEWHERE]
+        differing = [key for key in shared if place(here[key]) != place(there[key])]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds a finished run of another {', '.join(differing)}: give another --out, or move it"
+            )
 
     def epoch(self, line):
         """Adds a line to metrics.jsonl: a dict. Its `seconds` are summed for the result."""

@@ -22,7 +22,7 @@ from images import Images, ShuffledBatches, Views, randaugment_transform, train_
 from mao import backbone_loss, base_loss, candidates, new_loss
 from phase import Phase
 from pseudolabel import PseudoLabeler
-from record import Record, folder_name
+from record import Record, alone, folder_name
 from rivals import BACKBONES  # the paper's three, and the six rivals
 from sampler import HardNegativeSampler
 
@@ -43,16 +43,15 @@ def main(arguments=None):
     rows = []
     for method in args.method:
         row = settings.row(args, method, task)
-        record = Record(
-            pathlib.Path(args.out) / folder_name(args.dataset, args.backbone, method, args.seed, args.changed),
-            settings.in_force(row, task, sha256),
-        )
-        if method == "zeroshot":
-            learner, states = zero_shot, None
-        else:
-            learner, states = tune(clip_model, task, row, record)
-        scores = evaluate.score(learner, states, task, tests)
-        rows.append((method, record.result(scores, learner)))
+        name = folder_name(args.dataset, args.backbone, method, args.seed, args.changed)
+        with alone(pathlib.Path(args.out) / name):
+            record = Record(pathlib.Path(args.out) / name, settings.in_force(row, task, sha256))
+            if method == "zeroshot":
+                learner, states = zero_shot, None
+            else:
+                learner, states = tune(clip_model, task, row, record)
+            scores = evaluate.score(learner, states, task, tests)
+            rows.append((method, record.result(scores, learner)))
     evaluate.show(vars(args), rows, BACKBONES[args.backbone].__name__)
     print(f"The last row's prompts and scores are in {record.folder}, the others' beside it.")
 

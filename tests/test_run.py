@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import data
 import evaluate
 import images as images_module
 import phase
+import record
 import run
 from encoders import load_clip
 from rivals import BACKBONES
@@ -404,3 +406,28 @@ def test_eval_refuses_other_classes(eurosat, command, tmp_path):
     (eurosat / "eurosat" / "2750" / "Forest").rename(eurosat / "eurosat" / "2750" / "Wood")
     code, _, err = command("run.py", "--eval", run)
     assert code == 2 and "was tuned on other classes than" in err and err.count("\n") == 1
+
+
+def test_a_finished_run_of_other_settings_is_never_replaced(eurosat, command, tmp_path):
+    """Two --root of one name give one folder name: the second run stops, and the first one's files stay."""
+    ask = ["run.py", "--dataset", "folder", "--clip", "demo", "--shots", 2, "--epochs", 2, "--method", "backbone"]
+    ask += ["--workers", 0, "--out", tmp_path / "runs", "--root"]
+    for site in "ab":
+        shutil.copytree(eurosat / "eurosat" / "2750", tmp_path / site / "photos")
+    shutil.rmtree(tmp_path / "b" / "photos" / "Forest")
+    assert command(*ask, tmp_path / "a" / "photos")[0] == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, _, err = command(*ask, tmp_path / "b" / "photos")
+    assert code == 2 and f"{folder} holds a finished run of another root, classnames" in err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert command(*ask, tmp_path / "a" / ".." / "a" / "photos")[0] == 0  # the same place, tuned again
+
+
+def test_two_runs_cannot_write_into_one_folder(command, tmp_path):
+    ask = ["run.py", "--shots", 1, "--epochs", 2, "--method", "zeroshot", "--workers", 0, "--out", tmp_path]
+    with record.alone(tmp_path / "demo-coop-zeroshot-seed1-shots1-epochs2"):
+        code, _, err = command(*ask)
+        assert code == 2 and "another run is writing into" in err and not list(tmp_path.glob("demo*"))
+    assert command(*ask)[0] == 0 and [path.name[0] for path in tmp_path.iterdir()] == ["d"]
