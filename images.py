@@ -49,13 +49,13 @@ class FolderReader(NamedTuple):
     plain: bool = False
 
     def __call__(self, path, decode=True):
-        """The RGB image (PIL), of several frames the first. decode=False: None, only looks whether there is an image.
+        """The RGB image (PIL), of several frames the first. decode=False: only looks whether there is an image.
 
         UnreadableImage, which names the path: the file is missing or broken, or its range of values is not known.
         """
         try:
             with Image.open(self.folder / path) as image:
-                if not decode:
+                if not decode and (self.plain or image.mode not in ("I", "F")):  # those may have no known range
                     return None
                 return image.convert("RGB") if self.plain else as_shown(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -43,8 +43,9 @@ def test_integers_and_floats_by_their_range(tmp_path):
     refused.update(bytes_as_floats=GRAY.astype(np.float32), nan=np.full((2, 2), np.nan, np.float32))
     for name, values in refused.items():
         Image.fromarray(values).save(tmp_path / f"{name}.tiff")
-        with pytest.raises(images.UnreadableImage, match=f"{name}.tiff .*range that is not known"):
-            shown(tmp_path, f"{name}.tiff")
+        for decode in (True, False):  # before a run, too
+            with pytest.raises(images.UnreadableImage, match=f"{name}.tiff .*range that is not known"):
+                images.FolderReader(tmp_path)(f"{name}.tiff", decode)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "la.png", "la.tif", "p.png", "p.gif", "rgb.png", "l.png"])
