@@ -67,7 +67,8 @@ def export_onnx(path, learner, classnames, pixels):
     """`Classifier` as an ONNX file: "images" uint8 [B, 3, pixels, pixels] -> "probabilities" [B, C].
 
     B is any number, but 1 where text depends on the image. Its metadata "classnames" is a JSON list. Images come
-    resized and cut as CLIP's own preprocessing does it. ValueError: onnx and onnxscript are missing.
+    resized and cut as CLIP's own preprocessing does it. The learner is on the CPU.
+    ValueError: onnx and onnxscript are missing.
     """
     try:
         import onnx
@@ -78,7 +79,6 @@ def export_onnx(path, learner, classnames, pixels):
     images = torch.zeros(1 if single else 2, 3, pixels, pixels, dtype=torch.uint8)
     shapes = None if single else {"images": {0: torch.export.Dim("batch")}}
     beside = path.with_name(f".{path.name}.part")
-    learner.to("cpu")
     try:
         with torch.no_grad():
             program = torch.onnx.export(

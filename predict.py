@@ -116,6 +116,8 @@ def arguments():
     for option, path in (("--out", args.out), ("--export", pathlib.Path(args.export or args.out))):
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"{option} {path} must be a file in a folder that is there: give another")
+    if str(args.export).endswith(".onnx"):
+        args.device = "cpu"  # an ONNX file is for any device
     if args.images is None:
         return args
     if not args.images.exists():
