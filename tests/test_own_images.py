@@ -166,7 +166,7 @@ def test_new_classes_without_labels(own, command, tmp_path):
     code, out, err = command(*ask)
     assert code == 0, err
     table = [line.split() for line in out.splitlines()[2:6]]
-    assert table[0][:3] == ["Base", "New", "H"] and all(row[-6:-4] == ["-", "-"] for row in table[1:])
+    assert table[0][:3] == ["Base", "New", "H"] and all(row.count("-") >= 2 for row in table[1:])
     (folder,) = (tmp_path / "runs").glob("folder-coop-mao*")
     assert result(folder)["new"] is None and result(folder)["h"] is None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -113,7 +113,8 @@ def test_backbones_that_prompt_the_image_side(tune, command, backbone):
     assert settings["depth"] == 2 and settings["n_ctx"] == (2 if backbone == "maple" else 4)
     code, again, err = command("run.py", "--eval", *folders)
     assert code == 0, err
-    tables = [[line.split() for line in text.splitlines() if "MiB" in line] for text in (out, again)]
+    name = BACKBONES[backbone].__name__
+    tables = [[line.split() for line in text.splitlines() if line.startswith(name)] for text in (out, again)]
     assert tables[0] == tables[1] and len(tables[0]) == 2
 
 
