@@ -50,8 +50,10 @@ def load_clip(name="ViT-B/16", device="cpu", activation=None, head_width=None):
     config = {} if name == "demo" else read_config(path)
     if name == "demo":
         activation, head_width = "quickgelu", 64
+    text_activation = activation or config.get("text_activation")
     activation, head_width = activation or config.get("activation"), head_width or config.get("head_width")
-    model = build(name, to_openai_keys(state), activation, head_width, config.get("text_heads"))
+    towers = {"text": (text_activation, config.get("text_heads")), "vision": (activation, head_width)}
+    model = build(name, to_openai_keys(state), **towers)
     return model.eval().requires_grad_(False).to(device), sha256
 
 
@@ -102,7 +104,7 @@ def read_weights(path):
 def read_config(path):
     """What a config.json or open_clip_config.json beside a checkpoint says of it, a dict that may be empty:
 
-    "activation", "head_width" (of vision) and "text_heads". ValueError: the file is broken.
+    "activation" and "head_width" of vision, "text_activation" and "text_heads". ValueError: the file is broken.
     """
     for name in ("open_clip_config.json", "config.json"):
         beside = path.with_name(name)
@@ -112,12 +114,14 @@ def read_config(path):
             content = json.loads(beside.read_text(encoding="utf-8-sig"))
             if "model_cfg" in content:  # open_clip's
                 content = content["model_cfg"]
-                found = {"activation": "quickgelu" if content.get("quick_gelu") else "gelu"}
+                activation = "quickgelu" if content.get("quick_gelu") else "gelu"
+                found = {"activation": activation, "text_activation": activation}
                 found["head_width"] = content["vision_cfg"].get("head_width", 64)
                 return {**found, "text_heads": content["text_cfg"].get("heads", 8)}
             if "vision_config" in content:  # Hugging Face's, which leaves out its defaults
                 vision, text = content["vision_config"] or {}, content.get("text_config") or {}
                 found = {"activation": vision.get("hidden_act", "quick_gelu").replace("_", "")}
+                found["text_activation"] = text.get("hidden_act", "quick_gelu").replace("_", "")
                 found["head_width"] = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
                 return {**found, "text_heads": text.get("num_attention_heads", 8)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -160,8 +164,13 @@ def to_openai_keys(state):
     return found
 
 
-def build(name, state, activation, head_width, text_heads=None):
-    """A clip.model.CLIP of the sizes that the weights have, with them in it. ValueError: they are not a CLIP's."""
+def build(name, state, text, vision):
+    """A clip.model.CLIP of the sizes that the weights have, with them in it.
+
+    text: (activation, number of heads), the second None for a width of 64 each. vision: (activation, width of a head).
+    ValueError: they are not a CLIP's, or do not go together.
+    """
+    (text_activation, text_heads), (activation, head_width) = text, vision
     for extra in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(extra, None)
     try:
@@ -171,7 +180,7 @@ def build(name, state, activation, head_width, text_heads=None):
             f"{name} is not a CLIP checkpoint (its keys are not a CLIP's, {error} is missing): give one of OpenAI's, "
             "open_clip's or Hugging Face's layout"
         ) from error
-    if activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS or text_activation not in ACTIVATIONS:
         raise ValueError(
             f"the weights of {name} do not tell its activation, and no config lies beside it: add --clip-activation "
             "quickgelu (OpenAI's models and their copies) or gelu (most of open_clip's)"
@@ -186,18 +195,23 @@ def build(name, state, activation, head_width, text_heads=None):
     if is_vit and vision_width % head_width:
         raise ValueError(f"a vision head of {head_width} does not fit {name}, whose width is {vision_width}")
     model = clip.model.CLIP(*sizes)
+    towers = [("transformer", model.transformer, text_activation, text_heads or max(1, model.transformer.width // 64))]
+    if is_vit:
+        tower = model.visual.transformer
+        towers.append(("visual.transformer", tower, activation, vision_width // head_width))
+    for prefix, tower, tower_activation, heads in towers:
+        for layer, block in enumerate(tower.resblocks):
+            block.attn.num_heads, block.attn.head_dim = heads, tower.width // heads
+            block.mlp.gelu = ACTIVATIONS[tower_activation]()
+            hidden = state.get(f"{prefix}.resblocks.{layer}.mlp.c_fc.weight")
+            if hidden is not None and len(hidden) != 4 * tower.width:  # ViT-g and ViT-bigG
+                block.mlp.c_fc = torch.nn.Linear(tower.width, len(hidden))
+                block.mlp.c_proj = torch.nn.Linear(len(hidden), tower.width)
     try:
         model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(())})
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{name} is not a CLIP checkpoint that fits here ({reason}): give another") from error
-    towers = [(model.transformer, text_heads or model.transformer.width // 64 or 1)]
-    if is_vit:
-        towers.append((model.visual.transformer, vision_width // head_width))
-    for tower, heads in towers:
-        for block in tower.resblocks:
-            block.attn.num_heads, block.attn.head_dim = heads, tower.width // heads
-            block.mlp.gelu = ACTIVATIONS[activation]()
     return model
 
 

@@ -8,8 +8,6 @@ float64.
 Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in clip's order.
 """
 
-import unicodedata
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -185,9 +183,11 @@ def tokenize(clip_model, texts):
 def as_clip_reads(name):
     """What CLIP sees of a class name, a string: two names with the same are one class to it.
 
-    `_` is read as a space (the prompts here), blanks are joined, letters lower-cased, accents composed (its tokenizer).
+    The prompts here read `_` as a space. CLIP's tokenizer composes accents, mends broken Unicode and HTML, joins blanks
+    and lower-cases.
     """
-    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ")).lower().split())
+    cleaned = clip.simple_tokenizer.basic_clean(name.replace("_", " "))
+    return clip.simple_tokenizer.whitespace_clean(cleaned).lower()
 
 
 # CLIP without learned prompts -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Every random choice comes from a seed, never from a loader's worker: the same bi
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class FolderReader(NamedTuple):
                 if not decode and (self.plain or image.mode not in ("I", "F")):  # those may have no known range
                     return None
                 return image.convert("RGB") if self.plain else as_shown(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises of every kind on broken files
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise UnreadableImage(
                 f"cannot read the image {self.folder / path} ({reason}): replace it, or take it out"
@@ -70,7 +71,9 @@ def as_shown(image):
 
     More than 8 bits per value are scaled to 8. ValueError: their range is not known.
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    with contextlib.suppress(Exception):  # of every kind where EXIF is broken; viewers then show an image unturned
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image)
     if not image.has_transparency_data:

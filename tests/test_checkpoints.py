@@ -33,12 +33,12 @@ def features(model):
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("width, head_width", [(128, 64), (160, 80)])
+@pytest.mark.parametrize("width, head_width, ratio", [(128, 64, 4.0), (160, 80, 4.0), (176, 88, 4.3637)])
 @pytest.mark.parametrize("beside", [True, False])
-def test_open_clips_checkpoints(quick, width, head_width, beside, tmp_path):
+def test_open_clips_checkpoints(quick, width, head_width, ratio, beside, tmp_path):
     torch.manual_seed(0)
     config = {"embed_dim": 64, "text_cfg": TEXT, "quick_gelu": quick}
-    config["vision_cfg"] = {**VISION, "width": width, "head_width": head_width}
+    config["vision_cfg"] = {**VISION, "width": width, "head_width": head_width, "mlp_ratio": ratio}
     theirs = open_clip.CLIP(**config).eval()
     file = tmp_path / "open_clip_model.safetensors"
     safetensors.torch.save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, file)
@@ -55,16 +55,17 @@ def test_open_clips_checkpoints(quick, width, head_width, beside, tmp_path):
         assert torch.allclose(g, theirs.encode_text(tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("heads", [2, 4])
-def test_hugging_faces_checkpoints(activation, heads, tmp_path):
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("of_text", ["quick_gelu", "gelu"])
+def test_hugging_faces_checkpoints(activation, of_text, heads, tmp_path):
     import transformers
 
     torch.manual_seed(0)
     text = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**text, "num_attention_heads": heads, "image_size": 32, "patch_size": 8, "hidden_act": activation}
     config = transformers.CLIPConfig(
-        text_config={**text, "hidden_act": activation}, vision_config=vision, projection_dim=64
+        text_config={**text, "hidden_act": of_text}, vision_config=vision, projection_dim=64
     )
     theirs = transformers.CLIPModel(config).eval()
     theirs.save_pretrained(tmp_path)

@@ -166,3 +166,14 @@ def test_without_the_module_resource(monkeypatch, command, tmp_path):
     assert json.loads((run / "result.json").read_text())["peak_mib"] is None
     code, again, _ = command("run.py", "--eval", run)
     assert code == 0 and again.splitlines()[3] == out.splitlines()[3]
+
+
+def test_a_broken_exif_does_not_hide_an_image(tmp_path):
+    Image.fromarray(WIDE).save(tmp_path / "a.png", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert np.array_equal(shown(tmp_path, "a.png"), WIDE)
+
+
+def test_16_bits_in_the_other_order_of_bytes(tmp_path):
+    values = (GRAY.astype(np.uint16) * 257).astype(">u2")
+    Image.frombytes("I;16B", (16, 16), values.tobytes()).save(tmp_path / "a.tif")
+    assert np.array_equal(shown(tmp_path, "a.tif"), gray(GRAY))

@@ -89,7 +89,7 @@ def test_a_bad_folder_is_one_sentence(own, command, damage, message):
     assert code == 2 and message in err and err.count("\n") == 1 and not (own / "runs").exists()
 
 
-@pytest.mark.parametrize("twin", ["old gate", "Old_Gate", "BLAUE Tu\u0308r"])
+@pytest.mark.parametrize("twin", ["old gate", "Old_Gate", "BLAUE Tu\u0308r", "blaue  Tür"])
 def test_names_that_are_one_to_clip_are_warned_about(twin, own, capsys):
     """Blank for underscore, case, and a decomposed letter: clip's tokenizer gives the same tokens."""
     for number in range(10):
