@@ -177,7 +177,7 @@ def build(name, state, text, vision):
         sizes, vision_width = sizes_of(state)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{name} is not a CLIP checkpoint (its keys are not a CLIP's, {error} is missing): give one of OpenAI's, "
+            f"{name} is not a CLIP checkpoint (its keys are not a CLIP's: {error}): give one of OpenAI's, "
             "open_clip's or Hugging Face's layout"
         ) from error
     if activation not in ACTIVATIONS or text_activation not in ACTIVATIONS:
