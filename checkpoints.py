@@ -43,24 +43,24 @@ def load_clip(name="ViT-B/16", device="cpu", activation=None, head_width=None):
     else:
         raise FileNotFoundError(f"there is no CLIP '{name}': give a checkpoint file or one of {', '.join(published)}")
     if sha256 in published.values():
-        return load_published(name, device), sha256
-    state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{name} holds weights that are not finite: get the file again")
-    config = {} if name == "demo" else read_config(path)
-    if name == "demo":
-        activation, head_width = "quickgelu", 64
-    text_activation = activation or config.get("text_activation")
-    activation, head_width = activation or config.get("activation"), head_width or config.get("head_width")
-    towers = {"text": (text_activation, config.get("text_heads")), "vision": (activation, head_width)}
-    model = build(name, to_openai_keys(state), **towers)
-    return model.eval().requires_grad_(False).to(device), sha256
+        model = load_published(name)
+    elif name == "demo":
+        model = load_file(name, path, {}, "quickgelu", 64)
+    else:
+        model = load_file(name, path, read_config(path), activation, head_width)
+    return model.float().eval().requires_grad_(False).to(device), sha256
 
 
-def load_published(name, device):
+def load_clip_of(settings, device, clip=None):
+    """`load_clip` by a run's settings, as config.json and the header of prompts have them. clip: where it is now."""
+    activation, head_width = settings.get("clip_activation"), settings.get("clip_head_width")
+    return load_clip(clip or settings["clip"], device, activation, head_width)
+
+
+def load_published(name):
     """A model that OpenAI published, by name or as its archive. FileNotFoundError, ValueError: as `load_clip`."""
     try:
-        model, _ = clip.load(str(name), device="cpu")
+        return clip.load(str(name), device="cpu")[0]
     except OSError as error:
         raise FileNotFoundError(
             f"CLIP {name} could not be downloaded ({error}): connect to the network once, or give a checkpoint file "
@@ -68,7 +68,19 @@ def load_published(name, device):
         ) from error
     except Exception as error:  # torch and clip each raise their own on a broken file
         raise ValueError(f"{name} is not a CLIP checkpoint ({error}): get the file again") from error
-    return model.float().eval().requires_grad_(False).to(device)
+
+
+def load_file(name, path, config, activation, head_width):
+    """The model of a checkpoint file. config: of `read_config`; activation, head_width: over it, where they are given.
+
+    ValueError: as `load_clip`.
+    """
+    state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{name} holds weights that are not finite: get the file again")
+    text = (activation or config.get("text_activation"), config.get("text_heads"))
+    vision = (activation or config.get("activation"), head_width or config.get("head_width"))
+    return build(name, to_openai_keys(state), text, vision)
 
 
 def read_weights(path):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import demo
 from cli import Parser, at_least, end, warn
-from encoders import as_clip_reads
+from encoders import as_clip_reads, name_finder
 from images import FolderReader, find_images
 from layouts import LAYOUTS, by_label, class_folders, fetch, read_lines, read_split, split_by_rule
 from sampler import paper_batch
@@ -90,9 +90,8 @@ def folder_split(root, renamed=None):
     if not (root / "train").is_dir() or not (root / "test").is_dir():
         return split_by_rule(named_folders(root, renamed))
     train, test = (named_folders(root / part, renamed)["all"] for part in ("train", "test"))
-    known = {as_clip_reads(name): name for _, _, name in train}
-    known.update({name: name for _, _, name in train})
-    test = [[path, label, known.get(name, known.get(as_clip_reads(name), name))] for path, label, name in test]
+    find = name_finder(list(dict.fromkeys(name for _, _, name in train)))
+    test = [[path, label, find(name) or name] for path, label, name in test]
     names = sorted({name for _, _, name in train + test})
     split = {"val": []}
     for part, items in (("train", train), ("test", test)):
@@ -294,15 +293,15 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
         return task
     if not pathlib.Path(new_test).is_dir():
         raise FileNotFoundError(f"{new_test} is not a folder: give --new-test a folder of class folders")
-    items, label_of = [], {as_clip_reads(name): label for label, name in reversed(list(enumerate(task.new_names)))}
+    items, find = [], name_finder(task.new_names)
     for path, _, name in class_folders(pathlib.Path(new_test))["all"]:
-        label = label_of.get(as_clip_reads(name))
-        if label is None:
+        found = find(name)
+        if found is None:
             raise ValueError(
                 f"{new_test} holds a class '{name}' that {new_classes} does not name: name it there, "
                 "or take the folder out"
             )
-        items.append([path, label, task.new_names[label]])
+        items.append([path, task.new_names.index(found), found])
     task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
     return task
 

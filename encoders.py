@@ -190,6 +190,14 @@ def as_clip_reads(name):
     return clip.simple_tokenizer.whitespace_clean(cleaned).lower()
 
 
+def name_finder(names):
+    """A function from a name to the one of `names` that is the same, else the first that CLIP reads so, else None."""
+    exact, read = set(names), {}
+    for name in names:
+        read.setdefault(as_clip_reads(name), name)
+    return lambda name: name if name in exact else read.get(as_clip_reads(name))
+
+
 # CLIP without learned prompts -----------------------------------------------------------------------------------------
 
 

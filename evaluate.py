@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoints import load_clip_of
 from data import task_of
-from encoders import ZeroShot, load_clip
+from encoders import ZeroShot
 from images import Images, model_input, test_transform
 from mao import similarity_logits
 from record import COST, read_folder, read_prompts
@@ -146,9 +147,7 @@ def score_again(folder, device, workers=0, root=None, clip=None):
             f"{folder} was tuned on other classes than {root or config['root'] or config['dataset']} has now "
             f"({len(config['classnames'])} base classes, {', '.join(config['classnames'][:5])}, ...): restore the data"
         )
-    clip_model, sha256 = load_clip(
-        clip or config["clip"], device, config.get("clip_activation"), config.get("clip_head_width")
-    )
+    clip_model, sha256 = load_clip_of(config, device, clip)
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None

@@ -5,8 +5,6 @@ python predict.py --prompt runs/demo-coop-mao-seed1/new.safetensors --classes na
 """
 
 import json
-import os
-import pathlib
 
 import safetensors.torch
 import torch
@@ -18,12 +16,11 @@ from record import write
 
 
 def export(path, learner, header, classnames, pixels):
-    """Writes `path`: a head, .safetensors, or all of it, .onnx.
+    """Writes `path`, a pathlib.Path: a head, .safetensors, or all of it, .onnx.
 
     learner: it holds `classnames`. header: of the file of prompts. pixels: the CLIP's input resolution.
     ValueError: another ending, or `export_head` or `export_onnx` cannot.
     """
-    path = pathlib.Path(path)
     if path.suffix == ".onnx":
         export_onnx(path, learner, classnames, pixels)
     elif path.suffix == ".safetensors":
@@ -60,6 +57,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None])
 
     def forward(self, images):
+        # As `images.model_input`: torchvision's normalize looks at its values, which cannot be exported.
         return self.score((images.float() / 255 - self.mean) / self.std).softmax(dim=-1)
 
 
@@ -78,22 +76,16 @@ def export_onnx(path, learner, classnames, pixels):
     single = getattr(learner, "text_depends_on_image", False)
     images = torch.zeros(1 if single else 2, 3, pixels, pixels, dtype=torch.uint8)
     shapes = None if single else {"images": {0: torch.export.Dim("batch")}}
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                Classifier(learner).eval(),
-                (images,),
-                input_names=["images"],
-                output_names=["probabilities"],
-                dynamic_shapes=shapes,
-                dynamo=True,
-                verbose=False,
-            )
-        program.save(str(beside), external_data=False)
-        model = onnx.load(str(beside))
-        onnx.helper.set_model_props(model, {"classnames": json.dumps(list(classnames))})
-        onnx.save(model, str(beside))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            Classifier(learner).eval(),
+            (images,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {"classnames": json.dumps(list(classnames))})
+    write(path, model.SerializeToString())

@@ -107,16 +107,21 @@ def to_8_bits(image):
     return gray
 
 
+def hidden(name):
+    """Whether a file or folder of this name is passed over without a word: `.name`, and macOS's `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def files_below(folder, inner="", above=()):
     """Yields the paths of all files in a folder and its subfolders, relative to it. OSError: it cannot be listed.
 
-    Hidden ones (`.name`, macOS's `__MACOSX`) are left out. Links to folders are followed, but not back to `above`.
+    Hidden ones are left out. Links to folders are followed, but not back to `above`.
     """
     place = os.path.join(folder, inner)
     above = (*above, os.path.realpath(place))
     for name in os.listdir(place):
         path = os.path.join(inner, name)
-        if name.startswith(".") or name == "__MACOSX":
+        if hidden(name):
             continue
         if not os.path.isdir(os.path.join(folder, path)):
             yield path
@@ -132,16 +137,11 @@ def image_paths(folder):
     found, others = [], collections.Counter()
     for path in files_below(folder):
         ending = os.path.splitext(path)[1].lower()
-        if ending in IMAGE_ENDINGS and readable(ending):
+        if ending in IMAGE_ENDINGS and ending in Image.registered_extensions():  # of the Pillow at hand
             found.append(path)
         else:
             others[ending or "no ending"] += 1
     return sorted(found), others
-
-
-def readable(ending):
-    """Whether the Pillow at hand reads files of this ending, as far as one can tell before opening one."""
-    return ending in Image.registered_extensions()
 
 
 def left_out(folder, others, why="that Pillow does not take for images"):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torchvision import datasets
 
 from cli import warn
-from images import image_paths, left_out
+from images import hidden, image_paths, left_out
 from record import write
 
 # A dataset's own lists ------------------------------------------------------------------------------------------------
@@ -35,11 +35,10 @@ def class_folders(images, renamed=None, ignored=()):
     Images are taken from a class folder's subfolders too. Warns about files that are not taken.
     FileNotFoundError: no such folder. ValueError: it holds no class folder, or one holds no images.
     """
-    ignored = (*ignored, "__MACOSX")
-    folders = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
+    shown = sorted(path for path in images.iterdir() if not hidden(path.name))
     here = images.resolve()
     loops = {here, *here.parents}  # where a link would lead back to
-    folders = [folder for folder in folders if folder.name not in ignored and folder.resolve() not in loops]
+    folders = [path for path in shown if path.is_dir() and path.name not in ignored and path.resolve() not in loops]
     if not folders:
         raise ValueError(f"{images} holds no class folders: what is wanted is {images}/<class name>/*.jpg")
     items, others = [], collections.Counter()
@@ -54,7 +53,7 @@ def class_folders(images, renamed=None, ignored=()):
             )
         items += [[f"{folder.name}/{image}", label, name] for image in found]
     left_out(images, others)
-    beside = collections.Counter(path.suffix.lower() or "no ending" for path in images.iterdir() if path.is_file())
+    beside = collections.Counter(path.suffix.lower() or "no ending" for path in shown if path.is_file())
     left_out(images, beside, "that lie beside the class folders")
     return {"all": items}
 

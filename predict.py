@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoints import load_clip_of
 from cli import Parser, at_least, end
 from data import read_names
-from encoders import load_clip
 from evaluate import scorer
 from export import export
 from images import FolderReader, Images, UnreadableImage, default_workers, find_images, model_input, test_transform
@@ -35,9 +35,7 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     backbone = header["backbone"]
     if backbone not in BACKBONES:
         raise ValueError(f"{prompt} is of a backbone '{backbone}', and here are {', '.join(BACKBONES)} alone")
-    clip_model, sha256 = load_clip(
-        clip or header["clip"], device, header.get("clip_activation"), header.get("clip_head_width")
-    )
+    clip_model, sha256 = load_clip_of(header, device, clip)
     state = read_prompts(prompt, backbone, sha256)
     learner = BACKBONES[backbone](clip_model, header.get("classnames", classnames), **header["settings"])
     try:
@@ -95,13 +93,14 @@ def arguments():
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
-    add("images", metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder, its subfolders included")
+    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder, its subfolders "
+        "included")
     add("--prompt", required=True, metavar="FILE", help="prompts that run.py left: new.safetensors for the new "
         "classes, base.safetensors for the base classes")
     add("--classes", required=True, metavar="FILE", help="the candidates' names, one per line")
-    add("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
-    add("--export", metavar="FILE", help="write the tuned classifier for other programs: .safetensors, a head for any "
-        "CLIP user, or .onnx, image encoder and head (see export.py)")
+    add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
+    add("--export", type=pathlib.Path, metavar="FILE", help="write the tuned classifier for other programs: "
+        ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (see export.py)")
     add("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
     add("--device", choices=["cpu", "cuda"], default=device, help="default: cuda where there is one")
     add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; none for one "
@@ -110,13 +109,13 @@ def arguments():
     args = parser.parse_args()
     if args.images is None and args.export is None:
         raise ValueError("nothing to do: give an image or a folder, or --export FILE")
-    args.images, args.out = args.images and pathlib.Path(args.images), pathlib.Path(args.out)
+    written = {"--out": args.out, "--export": args.export}
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    for option, path in (("--out", args.out), ("--export", pathlib.Path(args.export or args.out))):
-        if path.is_dir() or not path.parent.is_dir():
+    for option, path in written.items():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{option} {path} must be a file in a folder that is there: give another")
-    if str(args.export).endswith(".onnx"):
+    if args.export is not None and args.export.suffix == ".onnx":
         args.device = "cpu"  # an ONNX file is for any device
     if args.images is None:
         return args

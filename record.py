@@ -32,6 +32,9 @@ except ImportError:  # Windows
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
 ELSEWHERE = ["out", "workers", "download", "device", "threads", "eval"]  # settings that do not change what is tuned
+HEADER = [  # of a file of prompts
+    "dataset", "backbone", "settings", "clip", "clip_sha256", "clip_activation", "clip_head_width", "classnames",
+]  # fmt: skip
 FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
 
 
@@ -149,9 +152,7 @@ class Record:
 
     def prompts(self, name, learner):
         """Writes the learner's state dict as `name`.safetensors; the header says what it belongs to."""
-        keys = ("dataset", "backbone", "settings", "clip", "clip_sha256", "clip_activation", "clip_head_width")
-        keys = (*keys, "classnames")
-        header = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        header = {key: self.config[key] for key in HEADER if self.config.get(key) is not None}
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))

@@ -15,9 +15,10 @@ import torch
 
 import evaluate
 import settings
+from checkpoints import load_clip_of
 from cli import end
 from data import task_of
-from encoders import ZeroShot, load_clip
+from encoders import ZeroShot
 from images import Images, ShuffledBatches, Views, randaugment_transform, train_transform
 from mao import backbone_loss, base_loss, candidates, new_loss
 from phase import Phase
@@ -35,7 +36,7 @@ def main(arguments=None):
         return
 
     task = task_of(vars(args), args.download)
-    clip_model, sha256 = load_clip(args.clip, args.device, args.clip_activation, args.clip_head_width)
+    clip_model, sha256 = load_clip_of(vars(args), args.device)
     settings.fit(args, task, clip_model)
     zero_shot = ZeroShot(clip_model, task.base_names)
     tests = evaluate.Tests(task, zero_shot, args.device, args.workers)

@@ -184,14 +184,14 @@ def refuse_without_effect(args):
         no_new = f"--backbone {args.backbone}, which has no new phase"
     if args.no_base and no_new and "mao" in args.method:
         raise ValueError(f"--no-base and {no_new} leave nothing of MAO: leave one out, or add --method backbone")
-    without_effect = {  # by what is there
-        "--no-base": ("no_reg_base", "anchors", "top_k") if args.no_base else (),
-        no_new: ("no_reg_new", "pseudo_labeler", "unlabeled_shots") if no_new else (),
-    }
-    for cause, options in without_effect.items():
-        for option in options:
-            if option in args.changed:
-                raise ValueError(f"--{option.replace('_', '-')} has no effect with {cause}: leave it out")
+    without_effect = {}  # {option: what makes it so}
+    if args.no_base:
+        without_effect.update(dict.fromkeys(("no_reg_base", "anchors", "top_k"), "--no-base"))
+    if no_new:
+        without_effect.update(dict.fromkeys(("no_reg_new", "pseudo_labeler", "unlabeled_shots"), no_new))
+    for option, cause in without_effect.items():
+        if option in args.changed:
+            raise ValueError(f"--{option.replace('_', '-')} has no effect with {cause}: leave it out")
 
 
 def read_sentences(args):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backbones import MaPLe
-from encoders import as_clip_reads, encode_images_fast, frozen_image_features, tokenize, zero_shot_text_features
+from encoders import encode_images_fast, frozen_image_features, name_finder, tokenize, zero_shot_text_features
 
 
 class CoPrompt(MaPLe):
@@ -98,9 +98,9 @@ def sentence_lists(clip_model, classnames, sentences):
         raise ValueError(
             "coprompt needs sentences on the classes: give --sentences FILE, as its authors' gpt_file/*.json"
         )
-    lists, sentences = [], {as_clip_reads(name): found for name, found in sentences.items()}
+    lists, find = [], name_finder(list(sentences))
     for name in classnames:
-        found = sentences.get(as_clip_reads(name))
+        found = sentences.get(find(name))
         if not found:
             raise ValueError(f"--sentences has none for the class '{name}': add a list of them")
         lists.append(found)

@@ -15,6 +15,7 @@ from encoders import (
     encode_text,
     encode_text_fast,
     load_clip,
+    name_finder,
     tokenize,
 )
 
@@ -122,3 +123,8 @@ def test_the_name_with_the_most_tokens_is_named(small):
     assert len(long) > len(many)
     with pytest.raises(ValueError, match=r"the prompt '1 2 3 4 5 6 7 8 9 1  ... .* does not fit CLIP's 77 positions"):
         tokenize(small, [long, many])
+
+
+def test_a_name_is_found_as_it_is_before_as_clip_reads_it():
+    find = name_finder(["Old_Gate", "old gate", "moon"])
+    assert [find(name) for name in ("old gate", "OLD gate", "Moon", "sun")] == ["old gate", "Old_Gate", "moon", None]

@@ -130,7 +130,7 @@ def test_what_a_folder_holds(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_class_folder_that_leads_back_is_no_class(tmp_path):
+def test_a_class_folder_that_leads_back_is_no_class(tmp_path, capsys):
     for name in ("cat", "dog", "owl"):
         for number in range(4):
             make(tmp_path / "photos" / name / f"{number}.png")
@@ -138,7 +138,10 @@ def test_a_class_folder_that_leads_back_is_no_class(tmp_path):
     os.symlink(tmp_path, tmp_path / "photos" / "up")
     make(tmp_path / "elsewhere" / "1.png")
     os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "yak")
+    (tmp_path / "photos" / ".DS_Store").write_text("hidden")
+    (tmp_path / "photos" / "list.txt").write_text("shown")
     items = layouts.class_folders(tmp_path / "photos")["all"]
+    assert capsys.readouterr().err.endswith(": 1 files are left out that lie beside the class folders: 1 .txt\n")
     assert len(items) == 13 and {name for _, _, name in items} == {"cat", "dog", "owl", "yak"}
 
 
