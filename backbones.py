@@ -184,6 +184,7 @@ class PromptSRC(PromptLearner):
 
     prompts_images = True
     uses_frozen_features = True
+    carried = ["average"]  # from epoch to epoch, beside the prompts
 
     def __init__(
         self,

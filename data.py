@@ -7,9 +7,13 @@
 Layout, splits and draws are CoOp's, which the paper and everyone it compares with use (section 4.1).
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import csv
 import difflib
-import json
 import math
 import os
 import pathlib
@@ -19,10 +23,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import demo
-from cli import Parser, at_least, end, warn
+from cli import Parser, at_least, end, printable, warn
 from encoders import as_clip_reads, name_finder
-from images import FolderReader, find_images
-from layouts import LAYOUTS, by_label, class_folders, fetch, read_lines, read_split, split_by_rule
+from formats import NAMES, check, read_json
+from images import FolderReader, find_images, image_paths
+from layouts import LAYOUTS, by_label, class_folders, fetch, keep_split, read_lines, read_split, split_by_rule
+from record import fingerprint
 from sampler import paper_batch
 
 DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
@@ -47,12 +53,13 @@ class Source(NamedTuple):
         return demo.read if self.image_folder is None else FolderReader(self.image_folder, self.plain)
 
 
-def open_dataset(name, root="data", download=False, names=None, template=None):
+def open_dataset(name, root="data", download=False, names=None, template=None, kept=None):
     """The `Source` of dataset `name` under `root`. Reads lists alone, never an image.
 
     name: of `DATASETS`; "folder" is any folder, `root`/<class name>/*.jpg or `root`/train and `root`/test with such
     class folders. download: fetches what is missing, where a program can. names, template: of "folder" alone, a file
-    of `read_folder_names` and the words of zero-shot CLIP. ValueError: unknown name, or a broken list.
+    of `read_folder_names` and the words of zero-shot CLIP. kept: of "folder" alone, the split that a run kept, which
+    then stands for what the folder holds now. ValueError: unknown name, or a broken list.
     FileNotFoundError: the dataset is not there; says what was looked for and where to get it.
     """
     for option, value in (("--names", names), ("--template", template)):
@@ -65,8 +72,9 @@ def open_dataset(name, root="data", download=False, names=None, template=None):
         domain = demo.DEFAULT if name == "demo" else name.removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        renamed = None if names is None else read_folder_names(names)
-        source = Source(folder_split(root, renamed), root, template or "a photo of a {}.")
+        if kept is None:
+            kept = folder_split(root, None if names is None else read_folder_names(names))
+        source = Source(kept, root, template or "a photo of a {}.")
     elif name in LAYOUTS:
         layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
         if download:
@@ -76,6 +84,8 @@ def open_dataset(name, root="data", download=False, names=None, template=None):
         near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")
     check_classes(source)
+    if name in LAYOUTS:
+        keep_split(name, folder, source.split)
     return source
 
 
@@ -117,13 +127,16 @@ def read_folder_names(path):
     advice = 'give JSON, {"folder": "name", ...}, or CSV, folder,name in each line'
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-        found = json.loads(text) if text.lstrip().startswith("{") else dict(csv.reader(text.splitlines()))
+        if text.lstrip().startswith("{"):
+            found = read_json(path, NAMES, advice=advice, option="--names ")
+        else:
+            found = check(dict(csv.reader(text.splitlines())), NAMES, (), f"--names {path}", advice)
     except OSError as error:
         raise FileNotFoundError(f"cannot read --names {path} ({error.strerror}): {advice}") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"--names {path} cannot be read ({error}): {advice}") from error
-    if not found or not all(isinstance(name, str) and name.strip() for name in found.values()):
-        raise ValueError(f"--names {path} has no name for some folder: {advice}")
+    if not found:
+        raise ValueError(f"--names {path} is empty: {advice}")
     return {folder.strip(): name.strip() for folder, name in found.items()}
 
 
@@ -136,9 +149,20 @@ def class_names(source):
 
 
 def check_classes(source):
-    """ValueError: a class of a `Source` has no training or no test image. Warns about names that are one to CLIP."""
+    """ValueError: a class of a `Source` has no training or no test image, or a label has two names.
+
+    Warns about names that are one to CLIP.
+    """
     names = class_names(source)
     test_names = {label: name for _, label, name in source.split["test"]}
+    for part, items in source.split.items():
+        for path, label, name in items:
+            if names.get(label, name) != name or test_names.get(label, name) != name:
+                known = names.get(label, test_names.get(label))
+                raise ValueError(
+                    f"the {part} list names the class {label} '{name}' at {path}, where it is '{known}' elsewhere: "
+                    "mend the split file, or get CoOp's own again"
+                )
     for label, name in names.items():
         if label not in test_names:
             raise ValueError(f"the class '{name}' has no test image: add some, or take the class out")
@@ -215,6 +239,15 @@ class Task:
     new_read: Callable | None = None
     new_answers: list | None = None  # their labels, where known: for evaluate.pseudo_label_accuracy, and nobody else
     label_template: str = "a photo of a {}."  # the foundation CLIP's, of Eq. 7 (section 2)
+    lists: dict | None = None  # of images of one's own: `formats.LISTS`, which the run keeps
+
+    def training_images(self):
+        """The SHA-256 of what is trained on: the lists of both phases."""
+        return fingerprint([self.base_train, self.new_train])
+
+    def test_images(self):
+        """The SHA-256 of the lists of test images."""
+        return fingerprint({name: test.items for name, test in self.tests.items()})
 
 
 def test_set(source, labels=None):
@@ -276,11 +309,12 @@ def cross_dataset_task(name, source, targets, shots, seed):
     return task
 
 
-def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=None):
+def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=None, kept=None):
     """New classes of one's own, of which there are images without labels. All classes of a `Source` are base classes.
 
     unlabeled: the folder of those images, its subfolders included. new_classes: a text file, one class name per line.
-    new_test: a folder of class folders with those names, to score New on; without it New stays unknown.
+    new_test: a folder of class folders with those names, to score New on; without it New stays unknown. kept: the items
+    of `new_test` that a run kept; nothing is to be tuned then, and the unlabeled images stay out.
     ValueError, FileNotFoundError: as `few_shot_task`, `read_names`, `find_images` and `class_folders`; a class of
     `new_test` that `new_classes` does not name.
     """
@@ -288,7 +322,12 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
     task.tests = {"base": test_set(source)}
     task.new_names = read_names(new_classes)
     warn_of_twins(task.new_names, task.base_names)
-    task.new_train, task.new_read = find_images(unlabeled), FolderReader(pathlib.Path(unlabeled))
+    task.new_read = FolderReader(pathlib.Path(unlabeled))
+    if kept is not None:
+        items = [[path, task.new_names.index(name), name] for path, _, name in kept if name in task.new_names]
+        task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
+        return task
+    task.new_train = find_images(unlabeled)
     if new_test is None:
         return task
     if not pathlib.Path(new_test).is_dir():
@@ -337,15 +376,17 @@ OPTIONAL = {  # settings that may be missing, with their defaults
 # fmt: on
 
 
-def task_of(settings, download=False):
+def task_of(settings, download=False, kept=None):
     """The `Task` that a run's settings name: a dict of run.py's dataset, root, protocol, ..., as config.json has it.
 
+    kept: the lists that a run kept, to score it again: `formats.LISTS`, or {} of a run that has none.
     ValueError, FileNotFoundError: as the functions here; settings that do not go together, or a missing image.
     """
     settings = {**OPTIONAL, **settings}
     check_settings(settings)
     name, shots, seed = settings["dataset"], settings["shots"], settings["seed"]
-    source = open_source(name, settings["root"], download, settings["names"], settings["template"])
+    split = (kept or {}).get("split")
+    source = open_source(name, settings["root"], download, settings["names"], settings["template"], split)
     if settings["protocol"] == "cross-dataset":
         targets = {target: open_source(target, settings["root"], download) for target in target_names(settings)}
         task = cross_dataset_task(name, source, targets, shots, seed)
@@ -353,13 +394,49 @@ def task_of(settings, download=False):
         task = few_shot_task(source, shots, seed)
     elif settings["unlabeled"]:
         unlabeled, new_classes, new_test = settings["unlabeled"], settings["new_classes"], settings["new_test"]
-        task = own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test)
+        kept_test = (kept or {}).get("new_test")
+        task = own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test, kept_test)
     else:
         task = open_task(source, shots, settings["unlabeled_shots"], seed)
     if settings["template"] is not None:
         task.label_template = settings["template"]
-    look_for_images(task)
+    if name == "folder" or (settings["new_test"] and "new" in task.tests):
+        new_test = task.tests["new"].items if settings["new_test"] else None
+        task.lists = {"split": source.split if name == "folder" else None, "new_test": new_test}
+    if kept is None:
+        look_for_images(task)
+    else:
+        if split is not None:
+            tell_what_changed(pathlib.Path(settings["root"]), split)
+        leave_out_missing(task)
     return task
+
+
+def tell_what_changed(root, split):
+    """Warns where a folder of one's own no longer holds the images of the split that a run kept."""
+    then = {path for items in split.values() for path, _, _ in items}
+    now = {path for path in image_paths(root)[0] if os.path.dirname(path)}
+    if then != now:
+        warn(
+            f"{root} has changed since the run: {len(now - then)} images are new and {len(then - now)} missing; "
+            "the run's own images are scored"
+        )
+
+
+def leave_out_missing(task):
+    """Takes test images that are no longer there out of a task, with a warning. ValueError: none is left."""
+    for name, test in task.tests.items():
+        if isinstance(test.read, FolderReader):
+            folder = test.read.folder
+            items = [item for item in test.items if os.path.isfile(folder / item[0])]
+            if not items:
+                raise ValueError(f"none of the run's {len(test.items)} test images is in {folder}: give --root")
+            if len(items) < len(test.items):
+                missing = len(test.items) - len(items)
+                warn(
+                    f"{missing} of the run's {len(test.items)} test images are missing in {folder}: the rest is scored"
+                )
+            task.tests[name] = test._replace(items=items)
 
 
 def check_settings(settings):
@@ -381,12 +458,12 @@ def check_settings(settings):
         raise ValueError("--dataset folder has no targets for the cross-dataset protocol: --root is its own")
 
 
-def open_source(name, root, download, names=None, template=None):
+def open_source(name, root, download, names=None, template=None, kept=None):
     """`open_dataset` for a run. EuroSAT's 90 MB are fetched without being asked for. root: None is "data"."""
     root = root or "data"
     if name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists():
         download = True
-    return open_dataset(name, root, download, names, template)
+    return open_dataset(name, root, download, names, template, kept)
 
 
 def target_names(settings):
@@ -437,14 +514,12 @@ def look_for_images(task):
 def show(name, source, items, base, new):
     """Prints what a run would see. items: {"base", "new", "test"}. base, new: the labels of the halves."""
     names = class_names(source)
-    print(f"{name}: {len(names)} classes, '{source.template}'")
-    print(f"images: {source.image_folder or 'drawn by demo.py'}")
+    print(printable(f"{name}: {len(names)} classes, '{source.template}'"))
+    print(printable(f"images: {source.image_folder or 'drawn by demo.py'}"))
     for half, labels, how in (("base", base, "few-shot"), ("new", new, "few-shot (unlabeled)")):
         tests = select(items["test"], labels)
-        print(
-            f"{half}: {len(labels)} classes, {len(items[half])} {how} and {len(tests)} test images: "
-            f"{', '.join(names[label] for label in labels)}"
-        )
+        told = f"{len(labels)} classes, {len(items[half])} {how} and {len(tests)} test images"
+        print(printable(f"{half}: {told}: {', '.join(names[label] for label in labels)}"))
     anchors, top_k = paper_batch(len(base))
     print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
 
@@ -476,7 +551,7 @@ def main():
         show(args.name, source, items, base, new)
     else:
         for path, label, name in items[args.list]:
-            print(path, label, name, sep="\t")
+            print(printable(path), label, printable(name), sep="\t")
 
 
 if __name__ == "__main__":

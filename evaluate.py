@@ -4,18 +4,29 @@ Training code never sees what this file reads: only here does an unlabeled train
 are test images opened.
 """
 
+import inspect
 import pathlib
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import load_clip_of
+from cli import printable
 from data import task_of
 from encoders import ZeroShot
-from images import Images, model_input, test_transform
+from images import Images, loader, model_input, test_transform
 from mao import similarity_logits
-from record import COST, read_folder, read_prompts
+from record import (
+    COST,
+    alone,
+    read_config,
+    read_lists,
+    read_metrics,
+    read_prompts,
+    read_result,
+    unfinished,
+    write_result,
+)
 from rivals import BACKBONES
 
 
@@ -26,7 +37,7 @@ class Tests:
     the image side alone: once, when the first of them asks. device, workers, batch_size: of loading and encoding.
     """
 
-    def __init__(self, task, zero_shot, device, workers=0, batch_size=256):
+    def __init__(self, task, zero_shot, device, workers=0, batch_size=64):
         self.task, self.zero_shot, self.device = task, zero_shot, device
         self.workers, self.batch_size, self.features = workers, batch_size, {}
 
@@ -35,7 +46,8 @@ class Tests:
         test = self.task.tests[name]
         paths, labels = [path for path, _, _ in test.items], [label for _, label, _ in test.items]
         transform = test_transform(self.zero_shot.clip_model.visual.input_resolution)
-        return DataLoader(Images(paths, test.read, transform, labels), self.batch_size, num_workers=self.workers)
+        images = Images(paths, test.read, transform, labels)
+        return loader(images, self.workers, batch_size=self.batch_size, prefetch_factor=1)
 
     @torch.no_grad()
     def batches(self, name, learner):
@@ -133,35 +145,68 @@ def pseudo_label_accuracy(answers, indices, pseudo_labels):
 
 
 def score_again(folder, device, workers=0, root=None, clip=None):
-    """Prints the scores of a finished run's folder from what it left behind: the same digits.
+    """Prints the scores of a tuned run's folder from what it left behind: the same digits.
 
-    root, clip: where the data and CLIP are now, if not where they were. ValueError, FileNotFoundError: a broken folder.
+    A row that was tuned to its end and failed while it was scored is finished by this. root, clip: where the data and
+    CLIP are now, if not where they were. ValueError, FileNotFoundError: a broken folder, or a row that is not tuned.
     """
     folder = pathlib.Path(folder)
-    config, result = read_folder(folder)
-    if config["backbone"] not in BACKBONES:
-        raise ValueError(f"{folder} is of a backbone '{config['backbone']}', and here are {', '.join(BACKBONES)} alone")
-    task = task_of({**config, "root": root or config["root"]})
-    if task.base_names != config["classnames"]:
-        raise ValueError(
-            f"{folder} was tuned on other classes than {root or config['root'] or config['dataset']} has now "
-            f"({len(config['classnames'])} base classes, {', '.join(config['classnames'][:5])}, ...): restore the data"
-        )
+    config, result, metrics = read_config(folder), read_result(folder), read_metrics(folder)
+    if result is None and unfinished(config, metrics):
+        raise ValueError(f"{folder} has no scores: {unfinished(config, metrics)}")
+    lists = read_lists(folder) or {}
+    task = task_of({**config, "root": root or config.get("root")}, kept=lists)
+    for names, known in ((task.base_names, config["classnames"]), (task.new_names, config.get("new_classnames"))):
+        if known is not None and names != known:
+            raise ValueError(
+                f"{folder} was tuned on other classes than {root or config.get('root') or config['dataset']} has now "
+                f"({len(known)}: {', '.join(known[:5])}, ...): restore the data"
+            )
+    if not lists and config.get("test_images", task.test_images()) != task.test_images():
+        raise ValueError(f"{folder} was scored on other test images than the split has now: restore the split file")
     clip_model, sha256 = load_clip_of(config, device, clip)
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None
     else:
-        learner = BACKBONES[config["backbone"]](clip_model, task.base_names, **config["settings"])
+        learner = build_learner(config, clip_model, task.base_names, folder / "config.json")
         states = {"base": read_prompts(folder / "base.safetensors", config["backbone"], sha256)}
         states["new"] = states["base"]
-        if config["new_lr"] is not None:  # the row had a new phase
+        if config.get("new_lr") is not None:  # the row had a new phase
             states["new"] = read_prompts(folder / "new.safetensors", config["backbone"], sha256)
-    try:
-        scores = score(learner, states, task, Tests(task, zero_shot, device, workers))
-    except RuntimeError as error:
-        raise ValueError(f"the prompts in {folder} do not fit the settings in its config.json: run it again") from error
+        for state in states.values():
+            fit_state(learner, state, folder / "config.json")
+    scores = score(learner, states, task, Tests(task, zero_shot, device, workers))
+    if result is None:
+        with alone(folder):
+            result = write_result(folder, scores, learner, sum(line["seconds"] for line in metrics), None)
     show(config, [(config["method"], {**result, **scores})], BACKBONES[config["backbone"]].__name__)
+
+
+def build_learner(settings, clip_model, classnames, where):
+    """The prompt learner of a config.json or of the header of a file of prompts. where: that file, for the sentence.
+
+    ValueError: a backbone or a setting of it that is not known here, or one that does not fit.
+    """
+    name = settings["backbone"]
+    if name not in BACKBONES:
+        raise ValueError(f"{where} is of a backbone '{name}', and here are {', '.join(BACKBONES)} alone")
+    known = inspect.signature(BACKBONES[name]).parameters
+    for setting in settings["settings"]:
+        if setting not in known:
+            raise ValueError(f"{where} has a setting '{setting}', which {name} does not know: run the row again")
+    try:
+        return BACKBONES[name](clip_model, classnames, **settings["settings"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{where} has settings that do not fit {name} ({error}): run the row again") from error
+
+
+def fit_state(learner, state, where):
+    """Puts a state dict into a learner. ValueError: it does not fit; `where` is the file that says what would."""
+    try:
+        learner.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the prompts do not fit the settings in {where}: run the row again") from error
 
 
 def show(config, rows, backbone):
@@ -180,8 +225,9 @@ def show(config, rows, backbone):
         line.append("-" if result["peak_mib"] is None else f"{result['peak_mib']:,.0f} MiB")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
     shots = "1 shot" if config["shots"] == 1 else f"{config['shots']} shots"
-    print(f"\n{config['dataset']}, seed {config['seed']}, {shots}")
+    print(printable(f"{config['dataset']}, seed {config['seed']}, {shots}"))
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
     for method, result in rows:

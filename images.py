@@ -7,6 +7,8 @@ import collections
 import contextlib
 import os
 import pathlib
+import shutil
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from cli import warn
+from cli import printable, warn
 
 # Pillow reads .avif from 11.3 on, and .heic where pillow-heif is registered.
 IMAGE_ENDINGS = {  # in lower case
@@ -62,7 +64,7 @@ class FolderReader(NamedTuple):
         except Exception as error:  # Pillow raises of every kind on broken files
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise UnreadableImage(
-                f"cannot read the image {self.folder / path} ({reason}): replace it, or take it out"
+                printable(f"cannot read the image {self.folder / path} ({reason}): replace it, or take it out")
             ) from error
 
 
@@ -255,8 +257,9 @@ class CachedViews(Dataset):
         width = encode(images[keys[0]][0][None]).shape[1]
         size = f"{len(keys) * width * 2 / 2**20:.1f} MiB"
         features, labels = [], []
-        loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
-        for batch, batch_labels in tqdm(loader, f"caching {views} views, {size}"):
+        for batch, batch_labels in tqdm(
+            loader(images, workers, batch_sampler=batches), f"caching {views} views, {size}"
+        ):
             features.append(encode(batch).half().cpu())
             labels.append(batch_labels)
         self.features = torch.cat(features).unflatten(0, (views, -1))  # [V, N, d]
@@ -302,7 +305,7 @@ class SeededBatches:
     """
 
     def __init__(self, batches, seed, phase):
-        self.batches, self.seed, self.phase = batches, seed, phase
+        self.batches, self.seed, self.phase, self.batch_size = batches, seed, phase, batches.batch_size
 
     def set_epoch(self, epoch):
         """As of the `batches`."""
@@ -327,8 +330,36 @@ def training_loader(images, batches, seed, phase, workers=0, pin_memory=False, v
     """
     if views:
         images, workers = CachedViews(images, views, encode, seed, phase, workers), 0
-    workers_stay = workers > 0  # else every epoch would start them again
     batches = SeededBatches(batches, seed, phase)
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=workers, persistent_workers=workers_stay, pin_memory=pin_memory
-    )
+    # Workers stay, else every epoch would start them again.
+    return loader(images, workers, batch_sampler=batches, persistent_workers=workers > 0, pin_memory=pin_memory)
+
+
+def loader(images, workers, prefetch_factor=2, **options):
+    """A DataLoader whose workers' batches have room in the shared memory; where they have not, of fewer workers.
+
+    images: a `Dataset` of images. prefetch_factor: batches that each worker has ready. options: of the DataLoader,
+    `batch_size` or `batch_sampler` among them.
+    """
+    if workers:
+        batch_size = options.get("batch_size") or getattr(options["batch_sampler"], "batch_size", 128)
+        room = workers_with_room(images, batch_size * (1 + prefetch_factor))
+        if room < workers:
+            warn(f"the shared memory has room for the batches of {room} workers, not {workers} (docker run --shm-size)")
+            workers = room
+    if workers:
+        options["prefetch_factor"] = prefetch_factor
+    else:
+        options["persistent_workers"] = False
+    own = torch.Generator().manual_seed(0)  # it seeds the workers; the learners' own draws come from the global one
+    return DataLoader(images, num_workers=workers, generator=own, **options)
+
+
+def workers_with_room(images, count):
+    """How many workers can each have `count` images in /dev/shm, where Linux passes them on; Docker gives it 64 MB."""
+    try:
+        free, image = shutil.disk_usage("/dev/shm").free, images[0][0]
+    except (OSError, UnreadableImage):  # another system; or a broken image, which is told where it is read
+        return sys.maxsize
+    views = image if isinstance(image, (tuple, list)) else [image]
+    return free // (count * sum(view.nbytes for view in views))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torchvision import datasets
 
 from cli import warn
+from formats import ITEMS, SPLIT, check, read_json
 from images import hidden, image_paths, left_out
 from record import write
 
@@ -230,24 +231,21 @@ LAYOUTS = {
 def read_split(name, folder):
     """The split of dataset `name` in its folder: {"train", "val", "test"}, lists of [path, label, class name].
 
-    It is CoOp's split file, else the one that `make_split` saved, else a new one by `make_split`; errors as there.
-    ValueError: the file is not a split.
+    It is CoOp's split file, else the one that `keep_split` saved, else a new one of the dataset's own lists.
+    FileNotFoundError: none is there. ValueError: it is broken. Both say what to get, and from where.
     """
     path = find_split_file(name, folder)
     if path is None:
-        return make_split(name, folder)
-    try:
-        split = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        split = None  # neither JSON nor a split
-    if not is_split(split):
-        wanted = "it needs lists 'train' and 'test' of [path, label, class name]"
-        raise ValueError(f"{path} is not a split file: {wanted}; get CoOp's own again")
+        return split_by_rule(own_lists(name, folder))
+    advice = "it needs lists 'train' and 'test' of [path, label, class name]; get CoOp's own again"
+    split = read_json(path, SPLIT, ("train", "test"), advice)
+    if path == made_split(name, folder):
+        tell_of_made_split(name, folder, path, split)
     return split
 
 
 def find_split_file(name, folder):
-    """The path of CoOp's split file, else of the one that `make_split` saved, else None."""
+    """The path of CoOp's split file, else of the one that `keep_split` saved, else None."""
     split = LAYOUTS[name].split
     if split is not None:
         for path in (folder / split, made_split(name, folder)):
@@ -257,19 +255,18 @@ def find_split_file(name, folder):
 
 
 def made_split(name, folder):
-    """Where `make_split` saves a split: "split_seed1_EuroSAT.json" beside CoOp's "split_zhou_EuroSAT.json"."""
+    """Where `keep_split` saves a split: "split_seed1_EuroSAT.json" beside CoOp's "split_zhou_EuroSAT.json"."""
     return folder / LAYOUTS[name].split.replace("zhou", "seed1")
 
 
-def make_split(name, folder):
-    """A split by CoOp's rule of the dataset's own lists, saved with a warning where CoOp has a split file.
+def keep_split(name, folder, split):
+    """Saves a split that was made here, with a warning: where CoOp has a split file, and neither is there.
 
-    FileNotFoundError: the lists are not there. ValueError: they are broken. Both say what to get, and from where.
+    To be called when the split is found to be good: a saved one is read on every later run.
     """
-    split = split_by_rule(own_lists(name, folder))
     file = LAYOUTS[name].split
-    if file is None:  # the lists are a final split
-        return split
+    if file is None or find_split_file(name, folder) is not None:  # without one, the lists are a final split
+        return
     path = made_split(name, folder)
     try:
         write(path, json.dumps(split))
@@ -277,14 +274,32 @@ def make_split(name, folder):
     except OSError as error:
         saved = f"but not saved ({error})"
     warn(f"no {file} in {folder}: split by CoOp's rule, seed 1, {saved}; the digits then differ from the paper's split")
-    return split
+
+
+def tell_of_made_split(name, folder, path, split):
+    """Warns that a saved split is ours, and where the dataset's folder has changed since it was made."""
+    text = f"{path} is a split made here, not CoOp's: the digits differ from the paper's"
+    try:
+        now = {item[0] for items in own_lists(name, folder).values() for item in items}
+    except (ValueError, OSError):  # the lists are gone: the split stands for them
+        now = None
+    then = {item[0] for items in split.values() for item in items}
+    if now is not None and now != then:
+        text += (
+            f"; the folder has changed since, {len(now - then)} images are new and {len(then - now)} missing: "
+            f"delete {path.name} to split it anew"
+        )
+    warn(text)
 
 
 def own_lists(name, folder):
     """What the dataset's reader returns, its errors as one sentence: FileNotFoundError or ValueError."""
     layout, by_hand = LAYOUTS[name], where_to_get(name, folder)
     try:
-        return layout.lists(folder)
+        lists = layout.lists(folder)
+        return check(
+            lists, dict.fromkeys(lists, ITEMS), (), "what they hold", "each line needs a path, a label, a name"
+        )
     except FileNotFoundError as error:
         looked_for = f"{error.filename} is not there"
         if layout.split is not None:
@@ -293,7 +308,7 @@ def own_lists(name, folder):
         if name in FETCHED:
             advice = f"add --download, or {advice}"
         raise FileNotFoundError(f"{looked_for}: {advice}") from error
-    except (ValueError, KeyError, IndexError, TypeError, NotADirectoryError) as error:
+    except Exception as error:  # of every kind, on lists and tables that are something else
         raise ValueError(
             f"the lists of {name} in {folder} cannot be read ({error}): get the dataset again, {by_hand}"
         ) from error
@@ -330,19 +345,6 @@ def by_label(items):
     for item in items:
         groups.setdefault(item[1], []).append(item)
     return list(groups.values())
-
-
-def is_split(content):
-    """Whether a JSON file's content is a split: "train" and "test", not empty, and perhaps "val", of whole items."""
-    if not isinstance(content, dict) or not content.get("train") or not content.get("test"):
-        return False
-    for items in (content["train"], content.get("val", []), content["test"]):
-        if not isinstance(items, list):
-            return False
-        for item in items:
-            if not isinstance(item, list) or [type(value) for value in item] != [str, int, str]:
-                return False
-    return True
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------

@@ -32,11 +32,16 @@ class Phase:
         )
         self.optimizer = make_optimizer(learner, recipe.lr, **args.optimizer)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-        self.bar = tqdm(total=recipe.epochs * len(self.loader), desc=f"{args.method}, {name} phase", unit="batch")
+        self.done = 0  # epochs
+        if record.state is not None and record.state["phase"] == name:  # --resume
+            record.restore(learner, self.optimizer, self.scaler)
+            self.done = record.state["epoch"]
+        total, done = recipe.epochs * len(self.loader), self.done * len(self.loader)
+        self.bar = tqdm(total=total, initial=done, desc=f"{args.method}, {name} phase", unit="batch")
 
     def epochs(self):
-        """Yields the epochs 1, 2, ..., each with its learning rate set and its batches drawn anew."""
-        for epoch in range(1, self.recipe.epochs + 1):
+        """Yields the epochs 1, 2, ..., or those that a stopped run left, each with its learning rate and batches."""
+        for epoch in range(self.done + 1, self.recipe.epochs + 1):
             self.epoch, self.started, self.losses, self.sizes = epoch, time.perf_counter(), [], []
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(epoch, self.recipe.epochs, group["highest_lr"])
@@ -87,6 +92,7 @@ class Phase:
         line["candidates"] = sum(self.sizes) / len(self.sizes)
         line["seconds"] = time.perf_counter() - self.started
         self.record.epoch({**line, **dict(more)})
+        self.record.keep(self.name, self.epoch, self.learner, self.optimizer, self.scaler)
 
 
 def make_optimizer(learner, lr, optimizer, eps, lr_factors):

@@ -7,23 +7,35 @@ The confidence is the probability of that class among the candidates (Eq. 3). An
 without a class; the command then ends with exit code 1.
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import csv
 import io
 import pathlib
 import sys
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import load_clip_of
-from cli import Parser, at_least, end
+from cli import Parser, at_least, end, printable
 from data import read_names
-from evaluate import scorer
+from evaluate import build_learner, fit_state, scorer
 from export import export
-from images import FolderReader, Images, UnreadableImage, default_workers, find_images, model_input, test_transform
+from images import (
+    FolderReader,
+    Images,
+    UnreadableImage,
+    default_workers,
+    find_images,
+    loader,
+    model_input,
+    test_transform,
+)
 from record import read_header, read_prompts, write
-from rivals import BACKBONES
 
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
@@ -32,17 +44,11 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     clip: where that CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
     """
     header = read_header(prompt)
-    backbone = header["backbone"]
-    if backbone not in BACKBONES:
-        raise ValueError(f"{prompt} is of a backbone '{backbone}', and here are {', '.join(BACKBONES)} alone")
     clip_model, sha256 = load_clip_of(header, device, clip)
-    state = read_prompts(prompt, backbone, sha256)
-    learner = BACKBONES[backbone](clip_model, header.get("classnames", classnames), **header["settings"])
-    try:
-        learner.load_state_dict(state)
-        learner.set_classes(classnames)
-    except RuntimeError as error:
-        raise ValueError(f"the prompts in {prompt} do not fit the settings in its header: run the row again") from error
+    state = read_prompts(prompt, header["backbone"], sha256)
+    learner = build_learner(header, clip_model, header.get("classnames", classnames), f"the header of {prompt}")
+    fit_state(learner, state, f"the header of {prompt}")
+    learner.set_classes(classnames)
     return learner, clip_model
 
 
@@ -83,8 +89,14 @@ def write_table(out, paths, classes, probabilities, troubles):
     rows.writerow(["path", "class", "confidence"])
     confidences, best = probabilities.max(dim=-1)
     for path, label, confidence, wrong in zip(paths, best.tolist(), confidences.tolist(), troubles):
-        rows.writerow([path, "", ""] if wrong else [path, classes[label], f"{confidence:.4f}"])
-    write(out, table.getvalue())
+        cells = ["", ""] if wrong else [harmless(classes[label]), f"{confidence:.4f}"]
+        rows.writerow([harmless(str(path)), *cells])
+    write(out, table.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def harmless(text):
+    """A cell that no spreadsheet takes for a formula: one that begins like it gets an apostrophe before it."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def arguments():
@@ -103,8 +115,8 @@ def arguments():
         ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (see export.py)")
     add("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
     add("--device", choices=["cpu", "cuda"], default=device, help="default: cuda where there is one")
-    add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; none for one "
-        "image)")
+    add("--workers", type=at_least(0, 1000), metavar="N", help="load images (default: one per core, at most 8; none "
+        "for one image)")
     # fmt: on
     args = parser.parse_args()
     if args.images is None and args.export is None:
@@ -133,7 +145,7 @@ def main():
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
     if args.export is not None:
         export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution)
-        print(f"{len(classes)} classes in {args.export}")
+        print(printable(f"{len(classes)} classes in {args.export}"))
     if args.images is not None:
         return classify(args, learner, clip_model, classes)
 
@@ -146,19 +158,19 @@ def classify(args, learner, clip_model, classes):
     single = args.images.is_file()
     folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
     images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
-    probabilities, troubles = predict(learner, DataLoader(images, 64, num_workers=args.workers), args.device)
+    probabilities, troubles = predict(learner, loader(images, args.workers, batch_size=64), args.device)
     if single and troubles[0]:
         raise UnreadableImage(troubles[0])
     write_table(args.out, [folder / name for name in names], classes, probabilities, troubles)
     if single:
         top = probabilities[0].topk(min(5, len(classes)))
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
-            print(f"{100 * probability:6.2f}%  {classes[label]}")
-    print(f"1 image in {args.out}" if len(names) == 1 else f"{len(names)} images in {args.out}")
+            print(f"{100 * probability:6.2f}%  {printable(classes[label])}")
+    print(printable(f"1 image in {args.out}" if len(names) == 1 else f"{len(names)} images in {args.out}"))
     wrong = [trouble for trouble in troubles if trouble]
     if wrong:
         headline = f"predict.py: {len(wrong)} of {len(names)} images have no class there:"
-        print(headline, *wrong, sep="\n", file=sys.stderr)
+        print(headline, *map(printable, wrong), sep="\n", file=sys.stderr)
         return 1
 
 

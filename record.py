@@ -4,12 +4,16 @@
     metrics.jsonl       one line per epoch of each phase
     base.safetensors    the learned prompts after phase 1, new.safetensors after phase 2
     result.json         the scores and what they cost
+    lists.json          of images of one's own: which the run saw
+    resume.pt           until the row is finished: what --resume goes on from
 
 Every file is written beside its place and then renamed, so none is ever half-written.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -24,6 +28,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from cli import warn
+from formats import CONFIG, HEADER, LISTS, METRICS, RESULT, Percent, check, parse, read_json
+
 try:
     import resource
 except ImportError:  # Windows
@@ -31,26 +38,50 @@ except ImportError:  # Windows
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
-ELSEWHERE = ["out", "workers", "download", "device", "threads", "eval"]  # settings that do not change what is tuned
-HEADER = [  # of a file of prompts
-    "dataset", "backbone", "settings", "clip", "clip_sha256", "clip_activation", "clip_head_width", "classnames",
+ELSEWHERE = [
+    "out",
+    "workers",
+    "download",
+    "device",
+    "threads",
+    "eval",
+    "resume",
+    "force",
+]  # do not change what is tuned
+FILES = [
+    "config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json", "lists.json", "resume.pt",
 ]  # fmt: skip
-FILES = ["config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json"]
 
 
 def folder_name(dataset, backbone, method, seed, changed):
-    """A row's folder: "demo-coop-mao-seed1", with settings that are not the default appended.
+    """A row's folder: "demo-coop-mao-seed1", with settings that are not the default appended, and a hash of them.
 
-    changed: a dict of those, from option names to values.
+    changed: a dict of those, from option names to values. What two values show alike, as two --root whose last folders
+    have one name, the hash keeps apart. A long name is cut.
     """
     parts = [dataset, backbone, method, f"seed{seed}"]
     for option, value in changed.items():
+        if option == "root" and dataset != "folder":
+            continue  # where the dataset lies is not what a person wants to see
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             parts.append(f"{option}{value:g}")
         else:
             text = "" if value is True else re.sub(r"[^A-Za-z0-9.]+", "-", pathlib.PurePath(str(value)).name).strip("-")
             parts.append(f"{option}-{text}".strip("-"))
-    return "-".join(parts).replace("_", "-")
+    name = "-".join(parts).replace("_", "-")
+    if not changed:
+        return name
+    return f"{name[:120]}-{fingerprint({option: place(value) for option, value in changed.items()})[:6]}"
+
+
+def fingerprint(content):
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def place(value):
+    """A setting's value; of a path that is there the whole one, so that two ways to write it are one."""
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def write(path, content):
@@ -107,13 +138,16 @@ def alone(folder):
 class Record:
     """Writes the folder of one row; a GPU's peak memory starts anew.
 
-    A finished run that is there already stands aside as `<folder>.previous` until this one is finished too. ValueError:
-    it is of other settings, and would be lost.
+    finished: the result of these settings that is there already, a dict, or None. state: what a stopped run left, of
+    `keep`, or None. resume: go on from it. force: tune again what is there. The finished run then stands aside as
+    `<folder>.previous` until this one is finished too.
+    ValueError: the folder holds a run of other settings, or a stopped one and neither resume nor force is said.
     """
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, config, resume=False, force=False):
         self.folder, self.config, self.metrics, self.seconds = pathlib.Path(folder), config, [], 0.0
         self.previous = self.folder.with_name(self.folder.name + ".previous")
+        self.finished = self.state = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -121,34 +155,90 @@ class Record:
         except OSError as error:
             raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
         if (self.folder / "result.json").exists():
-            self.refuse_others()
+            self.refuse_others("finished")
+            if not force:
+                self.finished = read_result(self.folder)
+                return
             shutil.rmtree(self.previous, ignore_errors=True)
             os.replace(self.folder, self.previous)
             self.folder.mkdir()
+        elif (self.folder / "resume.pt").exists() and not force:
+            self.refuse_others("stopped")
+            self.state = read_state(self.folder)
+            if not resume:
+                raise ValueError(
+                    f"{self.folder} holds a run of these settings that was stopped after epoch {self.state['epoch']} "
+                    f"of the {self.state['phase']} phase: add --resume to go on from there, or --force to start over"
+                )
+            self.metrics, self.seconds = self.state["metrics"], self.state["seconds"]
+            return
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
 
-    def refuse_others(self):
-        """ValueError: the finished run in the folder is of other settings. Two can have one name, as of two --root."""
+    def refuse_others(self, kind):
+        """ValueError: the run in the folder is of other settings: a file that it names has another content now.
 
-        def place(value):  # two ways to write one path are one
-            return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
-
-        there = read_folder(self.folder)[0]
-        here = json.loads(json.dumps(self.config))
+        Warns where a stopped run is to go on under other versions, threads or device: its bits may then differ.
+        """
+        there, here = read_config(self.folder), json.loads(json.dumps(self.config))
         shared = [key for key in here if key in there and key not in ELSEWHERE]
         differing = [key for key in shared if place(here[key]) != place(there[key])]
         if differing:
             raise ValueError(
-                f"{self.folder} holds a finished run of another {', '.join(differing)}: give another --out, or move it"
+                f"{self.folder} holds a {kind} run of another {', '.join(differing)}: give another --out, or move it"
             )
+        other = [key for key in ("device", "threads") if here[key] != there.get(key)]
+        if there.get("versions") != versions():
+            other.append("versions")
+        if kind == "stopped" and other:
+            warn(f"the stopped run was of another {', '.join(other)}: its bits may differ from a run never stopped")
+
+    def lists(self, content):
+        """Writes lists.json, of the types `formats.LISTS`. None: there is nothing to keep."""
+        if content is not None:
+            write(self.folder / "lists.json", json.dumps(content) + "\n")
 
     def epoch(self, line):
         """Adds a line to metrics.jsonl: a dict. Its `seconds` are summed for the result."""
         self.seconds += line["seconds"]
         self.metrics.append(json.dumps(line))
         write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
+
+    def keep(self, phase, epoch, learner, optimizer, scaler):
+        """Writes resume.pt: all that the next epoch depends on and no seed gives. phase: "base" or "new"."""
+        state = {
+            "phase": phase,
+            "epoch": epoch,
+            "learner": learner.state_dict(),
+            "carried": {name: getattr(learner, name) for name in getattr(learner, "carried", ())},
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        write(self.folder / "resume.pt", content.getvalue())
+
+    def restore(self, learner, optimizer, scaler):
+        """Puts back what `keep` kept. ValueError: it does not fit."""
+        state = self.state
+        try:
+            learner.load_state_dict(state["learner"])
+            for name, value in state["carried"].items():
+                setattr(learner, name, value)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["random"])
+            if torch.cuda.is_available() and state["random_cuda"]:
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+        except Exception as error:  # torch raises of every kind on a state of something else
+            raise ValueError(
+                f"{self.folder / 'resume.pt'} does not fit the run ({error}): add --force to start over"
+            ) from error
 
     def prompts(self, name, learner):
         """Writes the learner's state dict as `name`.safetensors; the header says what it belongs to."""
@@ -158,20 +248,27 @@ class Record:
         write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
 
     def result(self, scores, learner):
-        """Writes result.json: the row's scores, a dict, and what they cost. Returns both in one."""
-        result = {
-            **scores,
-            "learnable_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
-            "seconds": self.seconds,
-            "peak_mib": peak_mib(self.config["device"]),
-        }
-        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        """Ends the row: writes result.json and returns it. scores: a dict."""
+        found = write_result(self.folder, scores, learner, self.seconds, peak_mib(self.config["device"]))
         shutil.rmtree(self.previous, ignore_errors=True)
-        return result
+        return found
+
+
+def write_result(folder, scores, learner, seconds, peak):
+    """Writes result.json: the row's scores, a dict, and what they cost. Returns both in one. peak: MiB, or None."""
+    result = {
+        **scores,
+        "learnable_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
+        "seconds": seconds,
+        "peak_mib": peak,
+    }
+    write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    (folder / "resume.pt").unlink(missing_ok=True)
+    return result
 
 
 def read_header(path):
-    """What a file of prompts belongs to: {"dataset", "backbone", "settings", "clip", "clip_sha256"}.
+    """What a file of prompts belongs to, of the types `formats.HEADER`.
 
     FileNotFoundError: no such file. ValueError: not one that `Record.prompts` wrote.
     """
@@ -179,20 +276,22 @@ def read_header(path):
         raise ValueError(f"{path} is a folder: give a file of prompts in it, base.safetensors or new.safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("mao", "{}"))
+            text = (file.metadata() or {}).get("mao", "{}")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: give prompts that run.py left, or run the row again") from error
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a file of prompts ({error}): give one that run.py wrote") from error
-    if not {"backbone", "settings", "clip", "clip_sha256"} <= header.keys():
-        raise ValueError(f"{path} does not say which CLIP its prompts are for: give one that run.py wrote")
-    return header
+    advice = "give one that run.py wrote"
+    header, needed = parse(text, f"the header of {path}", advice), ("backbone", "settings", "clip", "clip_sha256")
+    if isinstance(header, dict) and not set(needed) <= header.keys():
+        raise ValueError(f"{path} does not say which CLIP its prompts are for: {advice}")
+    return check(header, HEADER, needed, f"the header of {path}", advice)
 
 
 def read_prompts(path, backbone, clip_sha256):
     """The state dict that `Record.prompts` wrote.
 
-    Errors as `read_header`; ValueError too: of another backbone, or for another CLIP.
+    Errors as `read_header`; ValueError too: of another backbone or for another CLIP, or not of finite numbers.
     """
     header = read_header(path)
     if header["backbone"] != backbone:
@@ -200,25 +299,73 @@ def read_prompts(path, backbone, clip_sha256):
     if header["clip_sha256"] != clip_sha256:
         raise ValueError(
             f"the prompts in {path} were tuned for another CLIP, '{header['clip']}' of SHA-256 "
-            f"{str(header['clip_sha256'])[:8]}...: give that one with --clip"
+            f"{header['clip_sha256'][:8]}...: give that one with --clip"
         )
-    return safetensors.torch.load_file(path)
+    state = safetensors.torch.load_file(path)
+    if not all(value.is_floating_point() and value.isfinite().all() for value in state.values()):
+        raise ValueError(f"the prompts in {path} are not all finite numbers: run the row again")
+    return state
 
 
-def read_folder(folder):
-    """[config, result] of a finished row's folder. FileNotFoundError: not there. ValueError: broken."""
-    content = []
-    for name in ("config.json", "result.json"):
-        path = pathlib.Path(folder) / name
-        try:
-            content.append(json.loads(path.read_text()))
-            if not isinstance(content[-1], dict) or "method" not in content[0]:
-                raise ValueError("not what run.py wrote")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f"{path} is missing: give a folder of a finished run, runs/...") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is broken ({error}): run it again") from error
-    return content
+def read_config(folder):
+    """config.json of a row's folder. FileNotFoundError: not there. ValueError: broken."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give a folder of a run, runs/...")
+    needed = ("dataset", "backbone", "method", "settings", "clip", "clip_sha256", "classnames", "shots", "seed")
+    return read_json(path, CONFIG, needed, "run it again")
+
+
+def read_result(folder):
+    """result.json of a row's folder, or None where the row is not finished. ValueError: broken."""
+    path = pathlib.Path(folder) / "result.json"
+    if not path.exists():
+        return None
+    needed, advice = ("learnable_parameters", "seconds", "peak_mib"), "score the row again with --eval, without it"
+    result = read_json(path, RESULT, needed, advice, others=Percent)
+    if not {"base", "accuracy", "average"} & result.keys():
+        raise ValueError(f"{path} is broken (it holds no score): {advice}")
+    return result
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl, dicts; none where there is no such file. ValueError: broken."""
+    path = pathlib.Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines, advice = path.read_text(errors="replace").splitlines(), "run the row again"
+    needed = ("phase", "epoch", "loss", "seconds")
+    return [check(parse(line, path, advice), METRICS, needed, path, advice) for line in lines]
+
+
+def read_lists(folder):
+    """lists.json of a row's folder, or None where it has none. ValueError: broken."""
+    path = pathlib.Path(folder) / "lists.json"
+    return read_json(path, LISTS, tuple(LISTS), "run the row again") if path.is_file() else None
+
+
+def read_state(folder):
+    """resume.pt of a row's folder. ValueError: broken."""
+    path = pathlib.Path(folder) / "resume.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["phase"] not in ("base", "new") or type(state["epoch"]) is not int:
+            raise ValueError("it names no phase and epoch")
+        return state
+    except Exception as error:  # torch raises of every kind on a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is broken ({reason}): add --force to start over") from error
+
+
+def unfinished(config, metrics):
+    """Why a row without a result cannot be scored: a clause, or None where it is tuned to its end."""
+    epochs = [(line["phase"], line["epoch"]) for line in metrics]
+    for phase in ("base", "new"):
+        count = config.get(f"{phase}_epochs")
+        if count is not None and (phase, count) not in epochs:
+            last = f"epoch {epochs[-1][1]} of the {epochs[-1][0]} phase" if epochs else "nothing"
+            return f"it was stopped after {last}: run.py with the same options and --resume goes on"
+    return None
 
 
 def peak_mib(device):

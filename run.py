@@ -5,9 +5,15 @@
     python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
     python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
     python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
+    python run.py --resume                               goes on where a stopped run was
 
 Each row of the table leaves its prompts and scores in a folder under --out.
 """
+
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
 
 import pathlib
 
@@ -16,14 +22,14 @@ import torch
 import evaluate
 import settings
 from checkpoints import load_clip_of
-from cli import end
+from cli import end, printable, warn
 from data import task_of
 from encoders import ZeroShot
 from images import Images, ShuffledBatches, Views, randaugment_transform, train_transform
 from mao import backbone_loss, base_loss, candidates, new_loss
 from phase import Phase
 from pseudolabel import PseudoLabeler
-from record import Record, alone, folder_name
+from record import Record, alone, folder_name, read_prompts
 from rivals import BACKBONES  # the paper's three, and the six rivals
 from sampler import HardNegativeSampler
 
@@ -46,7 +52,13 @@ def main(arguments=None):
         row = settings.row(args, method, task)
         name = folder_name(args.dataset, args.backbone, method, args.seed, args.changed)
         with alone(pathlib.Path(args.out) / name):
-            record = Record(pathlib.Path(args.out) / name, settings.in_force(row, task, sha256))
+            in_force = settings.in_force(row, task, sha256)
+            record = Record(pathlib.Path(args.out) / name, in_force, args.resume, args.force)
+            if record.finished:
+                warn(f"{record.folder} is there already: its scores are shown; --force tunes it again")
+                rows.append((method, record.finished))
+                continue
+            record.lists(task.lists)
             if method == "zeroshot":
                 learner, states = zero_shot, None
             else:
@@ -54,7 +66,7 @@ def main(arguments=None):
             scores = evaluate.score(learner, states, task, tests)
             rows.append((method, record.result(scores, learner)))
     evaluate.show(vars(args), rows, BACKBONES[args.backbone].__name__)
-    print(f"The last row's prompts and scores are in {record.folder}, the others' beside it.")
+    print(printable(f"The last row's prompts and scores are in {record.folder}, the others' beside it."))
 
 
 def tune(clip_model, task, args, record):
@@ -69,7 +81,12 @@ def tune(clip_model, task, args, record):
     learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
     if hasattr(learner, "sentences"):  # CoPrompt's
         learner.sentences = settings.read_sentences(args)
-    base_phase(learner, clip_model, task, args, record)
+    if record.state is None or record.state["phase"] == "base":
+        base_phase(learner, clip_model, task, args, record)
+    else:  # --resume, of a run that was stopped in the new phase
+        learner.load_state_dict(
+            read_prompts(record.folder / "base.safetensors", args.backbone, record.config["clip_sha256"])
+        )
     states = {"base": {name: value.clone() for name, value in learner.state_dict().items()}}
     if args.new_recipe is not None:
         new_phase(learner, clip_model, task, args, record)

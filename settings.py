@@ -2,8 +2,6 @@
 
 import argparse
 import inspect
-import json
-import pathlib
 from typing import NamedTuple
 
 import torch
@@ -12,7 +10,9 @@ import demo
 from checkpoints import ACTIVATIONS
 from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, PROTOCOLS
+from formats import SENTENCES, read_json
 from images import default_workers
+from record import ELSEWHERE
 from rivals import BACKBONES, RIVALS
 from rivals.coprompt import sentence_lists
 from sampler import paper_batch
@@ -41,7 +41,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 LEARNER_OPTIONS = ["n_ctx", "ctx_init", "depth", "n_ctx_vision", "depth_vision", "insert_before", "prompts"]
 
 
-COUNT = {"type": at_least(1), "metavar": "N"}
+COUNT = {"type": at_least(1, 1_000_000), "metavar": "N"}
+VECTORS = {"type": at_least(1, 1000), "metavar": "N"}  # of a prompt, of layers, of a width
 
 
 def parser(description=None):
@@ -83,22 +84,22 @@ def add_model(add):
         f"coop). Table 1: {paper}; promptsrc's losses weigh 25 (text), 10 (image) and 1, its Gaussian over epochs is "
         f"at 15, std 1. Fig. 3, Tables 3 and 7: {rivals}; their settings stand in rivals/")  # fmt: skip
     add("--method", nargs="+", choices=METHODS, default=METHODS, help="rows of the table (default: all; Table 1)")
-    add("--n-ctx", **COUNT, help="text contexts (default: 4; maple and coprompt 2; dept and proda 16; Table 3's 8K "
+    add("--n-ctx", **VECTORS, help="text contexts (default: 4; maple and coprompt 2; dept and proda 16; Table 3's 8K "
         "parameters are 16)")  # fmt: skip
     add("--ctx-init", metavar="WORDS", help="coop: the context starts from these words (default: from N(0, 0.02^2))")
-    add("--depth", **COUNT, help="maple, promptsrc, coprompt: layers with contexts (default: 9, 9, 12, or all where "
+    add("--depth", **VECTORS, help="maple, promptsrc, coprompt: layers with contexts (default: 9, 9, 12, or all where "
         "there are fewer)")  # fmt: skip
-    add("--n-ctx-vision", **COUNT, help="promptsrc: visual contexts (default: 4)")
-    add("--depth-vision", **COUNT, help="promptsrc: layers with visual contexts (default: as for --depth)")
-    add("--insert-before", **COUNT, help="tcp: the text layer, from 0, before which the class's prompts come in "
+    add("--n-ctx-vision", **VECTORS, help="promptsrc: visual contexts (default: 4)")
+    add("--depth-vision", **VECTORS, help="promptsrc: layers with visual contexts (default: as for --depth)")
+    add("--insert-before", **VECTORS, help="tcp: the text layer, from 0, before which the class's prompts come in "
         "(default: 8)")  # fmt: skip
-    add("--prompts", **COUNT, help="proda: prompts, each a context and a place of the name (default: 32)")
+    add("--prompts", **VECTORS, help="proda: prompts, each a context and a place of the name (default: 32)")
     add("--sentences", metavar="FILE", help="coprompt: JSON, class name to a list of sentences, as its authors' files "
         "(default: on the demo the world's own captions)")  # fmt: skip
     add("--clip", metavar="NAME|FILE", help="frozen CLIP (default: ViT-B/16, section 3.1; on the demo: demo, its own); "
         "or a checkpoint of OpenAI's, open_clip's or Hugging Face's layout")  # fmt: skip
     add("--clip-activation", choices=list(ACTIVATIONS), help="of a checkpoint without a config beside it")
-    add("--clip-head-width", **COUNT, help="of a checkpoint without a config beside it: width of a vision head "
+    add("--clip-head-width", **VECTORS, help="of a checkpoint without a config beside it: width of a vision head "
         "(default: 64, where it can be)")  # fmt: skip
 
 
@@ -107,14 +108,14 @@ def add_tuning(add):
     backbone, mao, cross = RECIPES["backbone"], RECIPES["mao"], RECIPES["cross-dataset"]
     add("--recipe", choices=["own", "paper"], default="own", help="of a rival without MAO: its authors' optimizer, "
         "epochs, batch and learning rate (default: own), or those of all other backbones here")  # fmt: skip
-    add("--epochs", type=at_least(2), metavar="N", help=f"default: {backbone.epochs}, MAO halves them; cross-dataset "
-        f"{cross.epochs}, not halved")  # fmt: skip
+    add("--epochs", type=at_least(2, 100_000), metavar="N", help=f"default: {backbone.epochs}, MAO halves them; "
+        f"cross-dataset {cross.epochs}, not halved")  # fmt: skip
     add("--lr", type=at_least(1e-9), metavar="X", help=f"default: {backbone.lr}, MAO and cross-dataset {mao.lr}")
     add("--batch-size", **COUNT, help=f"of the backbone and of MAO's new phase (default: {backbone.batch_size})")
     add("--anchors", **COUNT, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **COUNT, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them, at least 2)")
-    add("--cache-views", **COUNT, help="where the image side is frozen, as in coop: encode N views of each image once, "
-        "draw from them (default: none)")  # fmt: skip
+    add("--cache-views", **VECTORS, help="where the image side is frozen, as in coop: encode N views of each image "
+        "once, draw from them (default: none)")  # fmt: skip
 
 
 def add_ablations(add):
@@ -131,8 +132,15 @@ def add_machine(add):
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one")  # fmt: skip
-    add("--workers", type=at_least(0), metavar="N", help="load images (default: one per core, at most 8; demo: none)")
+    add(
+        "--workers",
+        type=at_least(0, 1000),
+        metavar="N",
+        help="load images (default: one per core, at most 8; demo: none)",
+    )
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
+    add("--resume", action="store_true", help="go on with a stopped run of the same settings, to the same bits")
+    add("--force", action="store_true", help="tune again what is there already, or start a stopped run over")
     add("--eval", nargs="+", metavar="RUN", help="score finished rows again (--root, --clip: where they are now)")
 
 
@@ -146,9 +154,7 @@ def parse(arguments=None, description=None):
     args = options.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    named = {"dataset", "backbone", "method", "seed", "download", "device", "workers", "out"}  # not told by `changed`
-    if args.dataset != "folder":
-        named.add("root")
+    named = {"dataset", "backbone", "method", "seed", *ELSEWHERE}  # not told by `changed`
     args.changed = {
         name: value for name, value in vars(args).items() if name not in named and value != options.get_default(name)
     }
@@ -202,18 +208,7 @@ def read_sentences(args):
     if args.sentences is None:
         return demo.sentences() if args.dataset in DEMOS else None
     advice = 'give JSON, {"class name": ["a sentence", ...], ...}'
-    try:
-        found = json.loads(pathlib.Path(args.sentences).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read --sentences {args.sentences} ({error.strerror}): {advice}") from error
-    except ValueError as error:
-        raise ValueError(f"--sentences {args.sentences} is not JSON ({error}): {advice}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--sentences {args.sentences} is not what is wanted: {advice}")
-    for name, texts in found.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"--sentences {args.sentences} has no list of sentences for '{name}': {advice}")
-    return found
+    return read_json(args.sentences, SENTENCES, advice=advice, option="--sentences ")
 
 
 def learner_settings(backbone, args):
@@ -323,6 +318,9 @@ def in_force(row, task, clip_sha256):
         "crop_scale": task.crop_scale,
         "clip_sha256": clip_sha256,
         "classnames": task.base_names,
+        "new_classnames": task.new_names,
+        "training_images": task.training_images(),
+        "test_images": task.test_images(),
         "templates": {name: test.template for name, test in task.tests.items()},
         "threads": torch.get_num_threads(),
     }

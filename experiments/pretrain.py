@@ -1,6 +1,7 @@
 """Pretrains the CLIP of the embedded demo on the world that demo.py draws, from nothing and from one seed.
 
-    python -m experiments.pretrain         makes assets/demo-clip.pt again (2 cores: about 20 minutes)
+    python -m experiments.pretrain                           makes assets/demo-clip.pt again (2 cores: about 20 minutes)
+    python -m experiments.pretrain --seed 1 --out clip1.pt   another CLIP, to see what hangs on the one
 
 Photos are captioned loosely, drawings exactly, and only the six domains of `demo.SEEN` are seen. So the CLIP is right
 often enough for zero-shot, and wrong often enough for prompts to help.
@@ -102,8 +103,9 @@ def main():
     parser.add_argument(
         "--out", default=DEMO_WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)"
     )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all draws (default: 0)")
     args = parser.parse_args()
-    pretrain(args.out, args.steps)
+    pretrain(args.out, args.steps, seed=args.seed)
 
 
 if __name__ == "__main__":

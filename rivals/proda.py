@@ -27,6 +27,7 @@ class ProDA(PromptLearner):
     `drawn` fixes the prompts of a step; None takes the next ones of a random order.
     """
 
+    carried = ["order"]  # from step to step, beside the prompts
     recipe = {"optimizer": "sgd", "epochs": 100, "lr": 0.001, "batch_size": 4}  # of CLIP_Calibration's port
 
     def __init__(self, clip_model, classnames, n_ctx=16, prompts=32, prompt_batch=4):

@@ -69,7 +69,7 @@ def test_a_run_and_what_it_leaves(tune, command):
     table = [line.split("  ") for line in out.splitlines() if "  " in line]
     assert [row[0] for row in table[1:]] == ["zero-shot CLIP", "CoOp", "CoOp + MAO"]
     assert "single final prompt of CoOp + MAO" in out
-    assert only(runs, "mao").name == "eurosat-coop-mao-seed1-shots4-clip-demo-epochs4"
+    assert only(runs, "mao").name[:-7] == "eurosat-coop-mao-seed1-shots4-clip-demo-epochs4"  # and a hash
     for method in ROWS:
         result = json.loads((only(runs, method) / "result.json").read_text())
         assert result["h"] == evaluate.harmonic_mean(result["base"], result["new"])
@@ -96,9 +96,10 @@ def test_a_run_and_what_it_leaves(tune, command):
 def test_the_embedded_default(command, tmp_path):
     code, out, err = command("run.py", "--shots", 1, "--epochs", 2, "--method", "zeroshot", "mao", "--out", tmp_path)
     assert code == 0, err
-    zero_shot = json.loads((tmp_path / "demo-coop-zeroshot-seed1-shots1-epochs2" / "result.json").read_text())
+    (folder,) = tmp_path.glob("demo-coop-zeroshot-seed1-shots1-epochs2-*")
+    zero_shot = json.loads((folder / "result.json").read_text())
     assert 60 <= zero_shot["base"] <= 80 and 60 <= zero_shot["new"] <= 80
-    line, _ = lines(tmp_path / "demo-coop-mao-seed1-shots1-epochs2")
+    line, _ = lines(next(tmp_path.glob("demo-coop-mao-*")))
     assert 16 < line["candidates"] <= 32  # b*K = 32 of 50 classes, duplicates deleted
 
 
@@ -208,7 +209,7 @@ def test_cached_views(tune):
     """Every view is one that the transform gives, and the phases run on them; a prompted image side refuses."""
     code, _, err, runs = tune("--cache-views", 3)
     assert code == 0 and "caching 3 views, 0.0 MiB" in err, err
-    assert only(runs, "mao").name.endswith("-cache-views3") and len(lines(only(runs, "mao"))) == 4
+    assert only(runs, "mao").name[:-7].endswith("-cache-views3") and len(lines(only(runs, "mao"))) == 4
     code, _, err, _ = tune("--cache-views", 3, "--backbone", "maple")
     assert code == 2 and "--cache-views needs a frozen image side, which maple prompts" in err
 
@@ -319,7 +320,10 @@ def test_prompts_of_another_clip_or_backbone(tune, command):
     state = safetensors.torch.load(good)
     with safetensors.safe_open(prompts, "pt") as file:
         header = json.loads(file.metadata()["mao"])
-    for change, message in (({"clip_sha256": "0"}, "for another CLIP"), ({"backbone": "cocoop"}, "backbone 'cocoop'")):
+    for change, message in (
+        ({"clip_sha256": "0" * 64}, "for another CLIP"),
+        ({"backbone": "cocoop"}, "backbone 'cocoop'"),
+    ):
         prompts.write_bytes(safetensors.torch.save(state, {"mao": json.dumps(header | change)}))
         code, _, err = command("run.py", "--eval", prompts.parent)
         assert code == 2 and message in err
@@ -329,7 +333,12 @@ def test_prompts_of_another_clip_or_backbone(tune, command):
     prompts.write_bytes(good)
     for content, message in (
         (text[:40], "config.json is broken"),
-        ("{}", "config.json is broken"),
+        ("{}", "config.json is broken ('dataset' is missing)"),
+        (text.replace('"seed": 1', '"sead": 1'), "config.json is broken ('seed' is missing"),
+        (text.replace('"lr": null', '"lr": NaN'), "config.json is broken (NaN is not a number"),
+        (text.replace('"lr": null', '"rate": 1'), "config.json is broken ('rate' is not known here"),
+        (text.replace('"n_ctx": 4', '"n_ctx": 10000000000000'), "config.json is broken ('settings'"),
+        (text.replace('"n_ctx": 4', '"n_ctxx": 4'), "a setting 'n_ctxx', which coop does not know"),
         (text.replace('"n_ctx": 4', '"n_ctx": 8'), "do not fit the settings"),
         (text.replace('"coop"', '"vpt"'), "is of a backbone 'vpt'"),
     ):
@@ -337,7 +346,7 @@ def test_prompts_of_another_clip_or_backbone(tune, command):
         code, _, err = command("run.py", "--eval", prompts.parent)
         assert code == 2 and message in err and "Traceback" not in err
     code, _, err = command("run.py", "--eval", config)
-    assert code == 2 and "give a folder of a finished run" in err
+    assert code == 2 and "give a folder of a run" in err
 
 
 def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eurosat, monkeypatch):
@@ -352,7 +361,7 @@ def test_a_finished_run_is_lost_to_nothing_but_a_finished_one(tune, command, eur
             raise broken
 
     monkeypatch.setattr(images_module.FolderReader, "__call__", fail)
-    assert tune("--method", "mao")[0] == 2
+    assert tune("--method", "mao", "--force")[0] == 2
     previous = folder.with_name(folder.name + ".previous")
     assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
     monkeypatch.setattr(images_module.FolderReader, "__call__", read)
@@ -399,36 +408,79 @@ def test_an_option_without_effect_is_refused(command, tmp_path, options, message
     assert code == 2 and message in err and err.count("\n") == 1 and out == "" and not (tmp_path / "runs").exists()
 
 
-def test_eval_refuses_other_classes(eurosat, command, tmp_path):
-    ask = ["run.py", "--dataset", "folder", "--root", eurosat / "eurosat" / "2750", "--clip", "demo", "--shots", 2]
-    code, _, err = command(*ask, "--epochs", 2, "--method", "backbone", "--workers", 0, "--out", tmp_path / "runs")
+def test_eval_refuses_other_classes_and_other_test_images(tune, command, eurosat):
+    *_, runs = tune("--method", "backbone")
+    split = eurosat / "eurosat" / "split_zhou_EuroSAT.json"
+    text = split.read_text()
+    for change, message in (
+        (lambda text: text.replace('"Forest"', '"Wood"'), "was tuned on other classes than"),
+        (lambda text: text.replace("River_7.jpg", "River_8.jpg"), "was scored on other test images than the split"),
+    ):
+        split.write_text(change(text))
+        code, _, err = command("run.py", "--eval", only(runs, "backbone"))
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_eval_scores_the_same_images_of_a_folder_that_has_changed(eurosat, command, tmp_path):
+    """The run keeps its lists: new images are not scored, least of all those that it was tuned on."""
+    photos = eurosat / "eurosat" / "2750"
+    ask = ["run.py", "--dataset", "folder", "--root", photos, "--clip", "demo", "--shots", 2, "--epochs", 2]
+    code, out, err = command(*ask, "--method", "backbone", "--workers", 0, "--out", tmp_path / "runs")
     assert code == 0, err
-    (run,) = (tmp_path / "runs").iterdir()
-    (eurosat / "eurosat" / "2750" / "Forest").rename(eurosat / "eurosat" / "2750" / "Wood")
-    code, _, err = command("run.py", "--eval", run)
-    assert code == 2 and "was tuned on other classes than" in err and err.count("\n") == 1
+    (run_folder,) = (tmp_path / "runs").iterdir()
+    for number in range(5):
+        shutil.copy(photos / "River" / "River_1.jpg", photos / "Forest" / f"A{number}.jpg")
+    code, again, err = command("run.py", "--eval", run_folder)
+    assert code == 0 and "has changed since the run: 5 images are new and 0 missing" in err
+    assert [line for line in out.splitlines() if "CoOp" in line] == [
+        line for line in again.splitlines() if "CoOp" in line
+    ]
+    for path in (photos / "Forest").iterdir():
+        path.unlink()
+    code, _, err = command("run.py", "--eval", run_folder)
+    assert code == 0 and "test images are missing" in err and "the rest is scored" in err
+    code, _, err = command("run.py", "--eval", run_folder, "--root", tmp_path)
+    assert code == 2 and "none of the run's" in err.splitlines()[-1]
 
 
-def test_a_finished_run_of_other_settings_is_never_replaced(eurosat, command, tmp_path):
-    """Two --root of one name give one folder name: the second run stops, and the first one's files stay."""
+def test_one_folder_a_run(eurosat, command, tmp_path):
+    """Two --root of one name have two folders; what is there is shown, and tuned again by --force alone."""
     ask = ["run.py", "--dataset", "folder", "--clip", "demo", "--shots", 2, "--epochs", 2, "--method", "backbone"]
     ask += ["--workers", 0, "--out", tmp_path / "runs", "--root"]
     for site in "ab":
         shutil.copytree(eurosat / "eurosat" / "2750", tmp_path / site / "photos")
-    shutil.rmtree(tmp_path / "b" / "photos" / "Forest")
-    assert command(*ask, tmp_path / "a" / "photos")[0] == 0
+    _, table, _ = command(*ask, tmp_path / "a" / "photos")
     (folder,) = (tmp_path / "runs").iterdir()
+    assert command(*ask, tmp_path / "b" / "photos")[0] == 0 and len(list((tmp_path / "runs").iterdir())) == 2
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code, _, err = command(*ask, tmp_path / "b" / "photos")
-    assert code == 2 and f"{folder} holds a finished run of another root, classnames" in err.splitlines()[-1]
+    code, again, err = command(*ask, tmp_path / "a" / ".." / "a" / "photos")  # the same place
+    assert code == 0 and again == table and "is there already: its scores are shown; --force tunes it again" in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
-    assert command(*ask, tmp_path / "a" / ".." / "a" / "photos")[0] == 0  # the same place, tuned again
+    assert command(*ask, tmp_path / "a" / "photos", "--force")[0] == 0
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after["base.safetensors"] == before["base.safetensors"] and after["metrics.jsonl"] != before["metrics.jsonl"]
+    (tmp_path / "a" / "photos" / "Forest" / "Forest_1.jpg").unlink()  # the same settings, of other images
+    for more in ([], ["--force"]):
+        code, _, err = command(*ask, tmp_path / "a" / "photos", *more)
+        assert code == 2 and f"{folder} holds a finished run of another training_images" in err.splitlines()[-1]
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == after
+
+
+def test_names_of_folders():
+    def name(**changed):
+        return record.folder_name("folder", "coop", "mao", 1, changed)
+
+    assert record.folder_name("demo", "coop", "mao", 1, {}) == "demo-coop-mao-seed1"
+    assert name(lr=0.00123456789) != name(lr=0.00123456788)  # both are shown as 0.00123457
+    assert name(root="写真") != name(root="照片") and name(clip="a/clip.pt") != name(clip="b/clip.pt")
+    assert len(name(root="x" * 250, clip="y" * 250).encode()) < 140
+    assert record.folder_name("dtd", "coop", "mao", 1, {"root": "a"})[:-7] == "dtd-coop-mao-seed1"
 
 
 def test_two_runs_cannot_write_into_one_folder(command, tmp_path):
     ask = ["run.py", "--shots", 1, "--epochs", 2, "--method", "zeroshot", "--workers", 0, "--out", tmp_path]
-    with record.alone(tmp_path / "demo-coop-zeroshot-seed1-shots1-epochs2"):
+    name = record.folder_name("demo", "coop", "zeroshot", 1, {"shots": 1, "epochs": 2})
+    with record.alone(tmp_path / name):
         code, _, err = command(*ask)
         assert code == 2 and "another run is writing into" in err and not list(tmp_path.glob("demo*"))
     assert command(*ask)[0] == 0 and [path.name[0] for path in tmp_path.iterdir()] == ["d"]
