@@ -27,7 +27,17 @@ from cli import Parser, at_least, end, printable, warn
 from encoders import as_clip_reads, name_finder
 from formats import NAMES, check, read_json
 from images import FolderReader, find_images, image_paths
-from layouts import LAYOUTS, by_label, class_folders, fetch, keep_split, read_lines, read_split, split_by_rule
+from layouts import (
+    LAYOUTS,
+    by_label,
+    class_folders,
+    fetch,
+    find_split_file,
+    keep_split,
+    read_lines,
+    read_split,
+    split_by_rule,
+)
 from record import fingerprint
 from sampler import paper_batch
 
@@ -72,9 +82,8 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
         domain = demo.DEFAULT if name == "demo" else name.removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        if kept is None:
-            kept = folder_split(root, None if names is None else read_folder_names(names))
-        source = Source(kept, root, template or "a photo of a {}.")
+        split = kept or folder_split(root, None if names is None else read_folder_names(names))
+        source = Source(split, root, template or "a photo of a {}.")
     elif name in LAYOUTS:
         layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
         if download:
@@ -83,7 +92,10 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
     else:
         near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")
-    check_classes(source)
+    where = root if kept is None else "the run's lists.json"
+    if name in LAYOUTS:
+        where = find_split_file(name, folder) or folder
+    check_classes(source, where)
     if name in LAYOUTS:
         keep_split(name, folder, source.split)
     return source
@@ -148,10 +160,10 @@ def class_names(source):
     return dict(sorted(names.items()))
 
 
-def check_classes(source):
+def check_classes(source, where):
     """ValueError: a class of a `Source` has no training or no test image, or a label has two names.
 
-    Warns about names that are one to CLIP.
+    where: of the lists, for the sentence. Warns about names that are one to CLIP.
     """
     names = class_names(source)
     test_names = {label: name for _, label, name in source.split["test"]}
@@ -160,15 +172,15 @@ def check_classes(source):
             if names.get(label, name) != name or test_names.get(label, name) != name:
                 known = names.get(label, test_names.get(label))
                 raise ValueError(
-                    f"the {part} list names the class {label} '{name}' at {path}, where it is '{known}' elsewhere: "
-                    "mend the split file, or get CoOp's own again"
+                    f"{where}: the {part} list names the class {label} '{name}' at {path}, where it is '{known}' "
+                    "elsewhere: mend it, or get CoOp's own again"
                 )
     for label, name in names.items():
         if label not in test_names:
-            raise ValueError(f"the class '{name}' has no test image: add some, or take the class out")
+            raise ValueError(f"{where}: the class '{name}' has no test image: add some, or take the class out")
     for label, name in sorted(test_names.items()):
         if label not in names:
-            raise ValueError(f"the class '{name}' has no training image: add some, or take the class out")
+            raise ValueError(f"{where}: the class '{name}' has no training image: add some, or take the class out")
     warn_of_twins(names.values())
 
 

@@ -197,7 +197,7 @@ def build_learner(settings, clip_model, classnames, where):
             raise ValueError(f"{where} has a setting '{setting}', which {name} does not know: run the row again")
     try:
         return BACKBONES[name](clip_model, classnames, **settings["settings"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where} has settings that do not fit {name} ({error}): run the row again") from error
 
 

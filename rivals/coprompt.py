@@ -106,8 +106,11 @@ def sentence_lists(clip_model, classnames, sentences):
         lists.append(found)
     if len({len(found) for found in lists}) > 1:
         raise ValueError("--sentences must have as many sentences for each class: shorten the longer lists")
-    for found in lists:
-        tokenize(clip_model, [sentence.replace("_", " ") for sentence in found])
+    for name, found in zip(classnames, lists):
+        try:
+            tokenize(clip_model, [sentence.replace("_", " ") for sentence in found])
+        except ValueError as error:
+            raise ValueError(f"--sentences has one for the class '{name}' that is too long: {error}") from error
     return lists
 
 
