@@ -43,9 +43,11 @@ class PromptLearner(nn.Module):
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"{n_ctx} context vectors: at least 1 is needed")
         width = clip_model.positional_embedding.shape[1]  # w
-        if ctx_init:
+        if ctx_init is not None:
             self.words = ctx_init
             tokens, ends = tokenize(clip_model, [ctx_init])
+            if ends[0] < 2:
+                raise ValueError(f"'{ctx_init}' has no word to start the context from: leave --ctx-init out")
             embedded = clip_model.token_embedding(tokens[0, 1 : ends[0]])  # a row for each word's token [., w]
             n_ctx = len(embedded) if n_ctx is None else n_ctx
             context, self.fixed = embedded[:n_ctx].clone(), embedded[n_ctx:]

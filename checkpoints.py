@@ -42,6 +42,10 @@ def load_clip(name="ViT-B/16", device="cpu", activation=None, head_width=None):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     else:
         raise FileNotFoundError(f"there is no CLIP '{name}': give a checkpoint file or one of {', '.join(published)}")
+    if (activation or head_width) and (name == "demo" or sha256 in published.values()):
+        raise ValueError(
+            f"--clip-activation and --clip-head-width have no place with {name}, whose are known: leave them out"
+        )
     if sha256 in published.values():
         model = load_published(name)
     elif name == "demo":

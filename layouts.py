@@ -70,8 +70,8 @@ def read_lines(path):
 def read_mat(path):
     """A MATLAB file's variables as lists, numbers, strings and dicts.
 
-    FileNotFoundError: no such file. ValueError: it is broken. Another process reads it, because scipy crashes on some broken files (1 of 100 mutated ones), and its own errors are
-    of every kind. Two datasets have such files, and need them only without a split file.
+    Another process reads it, because scipy crashes on some broken files (1 of 100 mutated ones). Two datasets have such
+    files, and need them only without a split file. FileNotFoundError: no such file. ValueError: it is broken.
     """
     with open(path, "rb"):
         pass  # the system's own error, where there is none

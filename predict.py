@@ -158,7 +158,9 @@ def classify(args, learner, clip_model, classes):
     single = args.images.is_file()
     folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
     images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
-    probabilities, troubles = predict(learner, loader(images, args.workers, batch_size=64), args.device)
+    probabilities, troubles = predict(
+        learner, loader(images, args.workers, prefetch_factor=1, batch_size=64), args.device
+    )
     if single and troubles[0]:
         raise UnreadableImage(troubles[0])
     write_table(args.out, [folder / name for name in names], classes, probabilities, troubles)

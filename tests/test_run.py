@@ -186,6 +186,45 @@ def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        "--backbone coop",
+        "--backbone maple --depth 2 --pseudo-labeler tuned",
+        "--backbone promptsrc --depth 2",
+        "--backbone coop --cache-views 2",
+        "--backbone coop --no-reg-new",
+        "--backbone coop --pseudo-labeler tuned --no-base",
+    ],
+)
+def test_labels_on_disk_that_nobody_may_read(tune, eurosat, options):
+    """The new classes' training images and all test images get other classes on disk: the same prompts."""
+
+    def left(out):
+        code, _, err, runs = tune("--method", "mao", *options.split(), out=out)
+        assert code == 0, err
+        (folder,) = runs.iterdir()
+        states = [(folder / name).read_bytes() for name in ("base.safetensors", "new.safetensors")]
+        return states, json.loads((folder / "config.json").read_text())["test_images"], lines(folder)
+
+    before = left("before")
+    path = eurosat / "eurosat" / "split_zhou_EuroSAT.json"
+    split = json.loads(path.read_text())
+    names = {label: name for _, label, name in split["train"]}
+
+    def other(label):  # the next class of the same half: whole classes are exchanged, so that the draw is the same
+        return (label + 1) % 5 + 5 * (label // 5)
+
+    for part in ("train", "test"):
+        for item in split[part]:
+            if part == "test" or item[1] >= 5:
+                item[1:] = other(item[1]), names[other(item[1])]
+    path.write_text(json.dumps(split))
+    after = left("after")
+    assert before[0] == after[0] and before[1] != after[1]
+    assert [line["loss"] for line in before[2]] == [line["loss"] for line in after[2]]
+
+
+@pytest.mark.parametrize(
     "switch, phases, candidates",
     [
         ("--no-new", ["base"] * 2, {"base": (2, 4)}),
