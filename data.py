@@ -270,10 +270,11 @@ def test_set(source, labels=None):
     return TestSet([names[label] for label in labels], items, source.read, source.template)
 
 
-def open_task(source, shots=16, unlabeled_shots=None, seed=1):
+def open_task(source, shots=16, unlabeled_shots=None, seed=1, unlabeled_draw="balanced"):
     """Base-to-new (Table 1): the few-shot draw of a `Source` for a seed, halved.
 
-    unlabeled_shots: images per new class; None: as `shots`.
+    unlabeled_shots: images per new class; None: as `shots`. unlabeled_draw: "balanced" draws them class by class, which
+    takes their labels; "random" draws as many from all of them, without looking, so that a class may have none.
     ValueError: fewer than 2 base or 1 new classes, or shots below 1.
     """
     unlabeled_shots = unlabeled_shots or shots
@@ -284,6 +285,9 @@ def open_task(source, shots=16, unlabeled_shots=None, seed=1):
         raise ValueError(f"{len(base + new)} classes are too few to halve into base and new: 3 are the least")
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
     new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
+    if unlabeled_draw == "random":
+        pool = [item for item in source.split["train"] if item[1] in set(new)]
+        new_items = select(random.Random(seed).sample(pool, len(new_items)), new)
     return Task(
         crop_scale=source.crop_scale,
         base_names=tests["base"].names,
@@ -380,10 +384,12 @@ def read_names(path):
 
 # From settings to a task ----------------------------------------------------------------------------------------------
 
+NEW_PHASE = ["unlabeled_draw", "pseudo_label_view", "pseudo_labels"]  # settings that the paper has no other value of
 # fmt: off
 OPTIONAL = {  # settings that may be missing, with their defaults
     "protocol": "base-to-new", "targets": ["all"], "unlabeled": None, "new_classes": None, "new_test": None,
     "no_new": False, "no_reg_new": False, "pseudo_labeler": "clip", "names": None, "template": None,
+    "unlabeled_draw": "balanced", "pseudo_label_view": "augmented", "pseudo_labels": "top1",
 }
 # fmt: on
 
@@ -409,7 +415,7 @@ def task_of(settings, download=False, kept=None):
         kept_test = (kept or {}).get("new_test")
         task = own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test, kept_test)
     else:
-        task = open_task(source, shots, settings["unlabeled_shots"], seed)
+        task = open_task(source, shots, settings["unlabeled_shots"], seed, settings["unlabeled_draw"])
     if settings["template"] is not None:
         task.label_template = settings["template"]
     if name == "folder" or (settings["new_test"] and "new" in task.tests):
@@ -460,10 +466,12 @@ def check_settings(settings):
     if bool(unlabeled) != bool(new_classes) or (new_test and not unlabeled):
         raise ValueError("--unlabeled DIR and --new-classes FILE go together (and --new-test with them): give both")
     if protocol != "base-to-new":
-        for key in ("unlabeled", "no_new", "no_reg_new", "pseudo_labeler"):
+        for key in ("unlabeled", "no_new", "no_reg_new", "pseudo_labeler", *NEW_PHASE):
             if settings[key] != OPTIONAL[key]:
                 option = key.replace("_", "-")
                 raise ValueError(f"--{option} has no place in the {protocol} protocol: it has no new phase")
+    if unlabeled and settings["unlabeled_draw"] != "balanced":
+        raise ValueError("--unlabeled-draw has no place with --unlabeled, which takes all images of its folder")
     if protocol != "cross-dataset" and settings["targets"] != ["all"]:
         raise ValueError(f"--targets has no place in the {protocol} protocol: add --protocol cross-dataset")
     if protocol == "cross-dataset" and name == "folder":

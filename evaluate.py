@@ -29,6 +29,8 @@ from record import (
 )
 from rivals import BACKBONES
 
+BESIDE = ["base_by_final_prompt", "one_list", "one_list_final"]  # scores that have no column in the table
+
 
 class Tests:
     """The test images of a task, for any number of learners.
@@ -65,47 +67,99 @@ class Tests:
 def score(learner, states, task, tests):
     """The scores of a row, in percent and in the order of the table, a dict.
 
-    Of base-to-new "base", "new", "h" (section 4.2) and "base_by_final_prompt", which the paper does not report; of
-    cross-dataset each dataset and the targets' "average" (Table 2); of few-shot "accuracy". Base classes are scored by
-    the prompts after phase 1, new classes by the last ones (Tables 4 and 8). None: there is no test image of the new
-    classes.
+    Of base-to-new "base", "new", "h" (section 4.2), and what the paper does not report, of `score_halves`; of
+    cross-dataset each dataset and the targets' "average" (Table 2); of few-shot "accuracy".
 
     states: the learner's state dicts {"base", "new"}, or None for zero-shot CLIP. tests: the task's `Tests`.
     """
-    scores = {}
-    for name, test in task.tests.items():
-        if states is None:
-            learner.set_classes(test.names, test.template)
-        else:
-            learner.set_classes(test.names)
-            learner.load_state_dict(states["new" if name == "new" else "base"])
-        scores[name] = accuracy(learner, tests.batches(name, learner), tests.device)
     if "base" in task.tests:
-        if states is not None:
-            learner.set_classes(task.tests["base"].names)
-            learner.load_state_dict(states["new"])
-            final = accuracy(learner, tests.batches("base", learner), tests.device)
-        else:
-            final = scores["base"]
-        base, new = scores["base"], scores.get("new")
-        h = None if new is None else harmonic_mean(base, new)
-        return {"base": base, "new": new, "h": h, "base_by_final_prompt": final}
+        return score_halves(learner, states, task, tests)
+    scores = {}
+    for name in task.tests:
+        hold(learner, states, "base", task.tests[name])
+        scores[name] = accuracy(*top1(learner, tests.batches(name, learner), tests.device))
     targets = list(scores.values())[1:]
     if targets:
         scores["average"] = sum(targets) / len(targets)
     return scores
 
 
+def score_halves(learner, states, task, tests):
+    """The scores of base-to-new: {"base", "new", "h", "base_by_final_prompt", "one_list", "one_list_final"}.
+
+    Base classes are scored by the prompts after phase 1, new classes by the last ones (Tables 4 and 8). One list: over
+    base and new classes together, so that nothing tells which half an image is from; each class keeps its prompts.
+    "final" has the last prompts for both halves. None, and no list: there is no test image of the new classes.
+    """
+    found = {}  # (after which phase, whose classes, whose images): top-1 scores [N], classes [N], labels [N]
+    for phase, half in (("base", "base"), ("new", "new"), ("new", "base")):
+        if half not in task.tests:
+            continue
+        hold(learner, states, phase, task.tests[half])
+        for name in task.tests:
+            if states is None and phase == "new" and half == "base":  # zero-shot CLIP has no phases
+                found[phase, half, name] = found["base", half, name]
+            else:
+                found[phase, half, name] = top1(learner, tests.batches(name, learner), tests.device)
+    base, new = accuracy(*found["base", "base", "base"]), None
+    if "new" in task.tests:
+        new = accuracy(*found["new", "new", "new"])
+    scores = {"base": base, "new": new, "h": None if new is None else harmonic_mean(base, new)}
+    scores["base_by_final_prompt"] = accuracy(*found["new", "base", "base"])
+    if new is not None:
+        scores["one_list"] = together(found, "base")
+        scores["one_list_final"] = together(found, "new")
+    return scores
+
+
+def together(found, phase):
+    """{"base", "new", "h", "all"}: the share of test images whose class wins over the classes of both halves.
+
+    found: of `score_halves`. phase: after which the prompts score the base classes; the new ones have the last.
+    """
+    right = {}
+    for name in ("base", "new"):
+        score_base, class_base, labels = found[phase, "base", name]
+        score_new, class_new, _ = found["new", "new", name]
+        base_wins = score_base >= score_new  # base classes come first in the list, as argmax would have it
+        if name == "base":
+            right[name] = base_wins & (class_base == labels)
+        else:
+            right[name] = ~base_wins & (class_new == labels)
+    base, new = (100 * right[name].sum().item() / len(right[name]) for name in ("base", "new"))
+    whole = torch.cat([right["base"], right["new"]])
+    both = 100 * whole.sum().item() / len(whole)
+    return {"base": base, "new": new, "h": harmonic_mean(base, new), "all": both}
+
+
+def hold(learner, states, phase, test):
+    """Lets a learner hold a test set's classes, with its prompts after a phase. states: as of `score`."""
+    if states is None:
+        learner.set_classes(test.names, test.template)
+    else:
+        learner.set_classes(test.names)
+        learner.load_state_dict(states[phase])
+
+
 @torch.no_grad()
-def accuracy(learner, batches, device):
-    """Top-1 accuracy in percent over the learner's classes. batches: (uint8 images or features, labels)."""
-    right = total = 0
+def top1(learner, batches, device):
+    """The highest score [N] of each of N images over the learner's classes, whose it is [N], and its label [N].
+
+    batches: (uint8 images or features, labels).
+    """
+    scores, classes, truth = [], [], []
     classify = scorer(learner)
     for images, labels in batches:
-        predicted = classify(model_input(images.to(device))).argmax(dim=-1).cpu()
-        right += (predicted == labels).sum().item()
-        total += len(labels)
-    return 100 * right / total
+        best = classify(model_input(images.to(device))).max(dim=-1)
+        scores.append(best.values.float().cpu())
+        classes.append(best.indices.cpu())
+        truth.append(labels)
+    return torch.cat(scores), torch.cat(classes), torch.cat(truth)
+
+
+def accuracy(scores, classes, labels):
+    """Top-1 accuracy in percent, of what `top1` gave."""
+    return 100 * (classes == labels).sum().item() / len(labels)
 
 
 def scorer(learner):
@@ -132,15 +186,15 @@ def harmonic_mean(base, new):
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-def pseudo_label_accuracy(answers, indices, pseudo_labels):
-    """{"pseudo_label_accuracy": percent right}, or {} where `answers` is None.
+def pseudo_label_accuracy(answers, chosen, seen, guesses):
+    """{"pseudo_label_accuracy": percent right}, or {} where `answers` is None or no image was seen.
 
-    answers: the labels of all unlabeled training images, which nobody trained on. indices: int64 [N], which of them
-    were seen. pseudo_labels: int64 [N].
+    answers: the labels of all unlabeled training images, which nobody trained on. chosen: int64 [M], which of them the
+    phase has. seen: lists of int64, positions in `chosen`. guesses: lists of int64, the pseudo-labels.
     """
-    if answers is None:
+    if answers is None or not seen:
         return {}
-    right = torch.tensor(answers)[indices] == pseudo_labels
+    right = torch.tensor(answers)[chosen][torch.cat(seen)] == torch.cat(guesses)
     return {"pseudo_label_accuracy": 100 * right.float().mean().item()}
 
 
@@ -210,13 +264,13 @@ def fit_state(learner, state, where):
 
 
 def show(config, rows, backbone):
-    """Prints the rows' table, and under it what the single final prompt does on the base classes.
+    """Prints the rows' table, and under it the scores over one list of classes.
 
     config: the run's settings. rows: (method, result); accuracy in percent, seconds of tuning. backbone: its name.
     """
     names = {"zeroshot": "zero-shot CLIP", "backbone": backbone, "mao": f"{backbone} + MAO"}
     titles = {"base": "Base", "new": "New", "h": "H", "accuracy": "Accuracy", "average": "Average"}
-    scores = [key for key in rows[0][1] if key not in (*COST, "base_by_final_prompt")]
+    scores = [key for key in rows[0][1] if key not in (*COST, *BESIDE)]
     lines = [["", *(titles.get(score, score) for score in scores), "learnable", "seconds", "peak memory"]]
     for method, result in rows:
         line = [names[method]]
@@ -231,6 +285,13 @@ def show(config, rows, backbone):
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
     for method, result in rows:
-        if method == "mao" and "base_by_final_prompt" in result:
-            final = result["base_by_final_prompt"]
-            print(f"The single final prompt of {names[method]} scores {final:.2f} on the base classes.")
+        if "one_list" in result:
+            told = f"Not told which half an image is from: {one_list(result['one_list'])} ({names[method]})"
+            if method == "mao":
+                told = f"{told[:-1]}; single final prompt: {one_list(result['one_list_final'])})"
+            print(told)
+
+
+def one_list(scores):
+    """The scores over one list of classes, for a line of text."""
+    return ", ".join(f"{key if key == 'all' else key.capitalize()} {value:.2f}" for key, value in scores.items())

@@ -36,17 +36,19 @@ CONFIG = HEADER | {  # config.json: HEADER's keys, and these
     "protocol": Literal["base-to-new", "cross-dataset", "few-shot"],
     "targets": Annotated[list[Name], Meta(min_length=1)], "new_classnames": list[Name],
     **dict.fromkeys(("root", "names", "template", "unlabeled", "new_classes", "new_test", "sentences", "ctx_init",
-                     "augmentation", "out", "device", "recipe", "precision", "pseudo_labeler"), str | None),
+                     "augmentation", "out", "device", "recipe", "precision", "pseudo_labeler", "unlabeled_draw",
+                     "pseudo_label_view", "pseudo_labels"), str | None),
     **dict.fromkeys(("download", "no_base", "no_new", "no_reg_base", "no_reg_new", "resume", "force"), bool),
     **dict.fromkeys(("epochs", "anchors", "top_k", "threads", "n_ctx", "depth", "n_ctx_vision", "depth_vision",
                      "insert_before", "prompts", "cache_views", "base_epochs", "new_epochs", "base_batch_size",
                      "new_batch_size"), Count | None),
-    **dict.fromkeys(("lr", "base_lr", "new_lr", "momentum", "weight_decay", "warmup_lr"), Real | None),
+    **dict.fromkeys(("lr", "confidence", "base_lr", "new_lr", "momentum", "weight_decay", "warmup_lr"), Real | None),
     "workers": Index, "eval": None, "crop_scale": tuple[Real, Real], "optimizer": dict[str, str | Real | None | dict],
     "training_images": Sha256, "test_images": Sha256, "templates": dict[str, str], "versions": dict[str, str | None],
 }  # fmt: skip
 RESULT = {  # result.json; of cross-dataset also each dataset's accuracy, by its name
     **dict.fromkeys(("base", "new", "h", "base_by_final_prompt", "accuracy", "average"), Percent | None),
+    **dict.fromkeys(("one_list", "one_list_final"), dict[Literal["base", "new", "h", "all"], Percent]),
     "learnable_parameters": Index, "seconds": Seconds, "peak_mib": Seconds | None,
 }  # fmt: skip
 METRICS = {  # a line of metrics.jsonl

@@ -148,6 +148,20 @@ def new_loss(learner, images, pseudo_labels):
     return loss + other_losses(learner, images, f)
 
 
+def soft_new_loss(learner, images, probabilities):
+    """Not the paper's: as `new_loss`, with the labeler's probabilities [B, C_n] for targets.
+
+    This is distillation from the zero-shot CLIP. ValueError: the learner's cross-entropy is its own
+    and takes labels.
+    """
+    if hasattr(learner, "cross_entropy"):
+        raise ValueError("this learner's own cross-entropy takes labels, not probabilities")
+    f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
+    logits = similarity_logits(f, learner.text_features(), learner.logit_scale)  # [B, C_n]
+    loss = F.cross_entropy(logits, probabilities.to(logits))
+    return loss + other_losses(learner, images, f)
+
+
 # What would otherwise broadcast to a wrong loss without a word.
 
 

@@ -74,8 +74,14 @@ class Phase:
         self.sizes.append(size)
         self.bar.update()
 
+    def skip(self):
+        """A batch without a step: none of its pseudo-labels is confident."""
+        self.bar.update()
+
     def end_epoch(self, more=()):
         """Keeps the prompts, and a line of metrics with `more` in it, a dict. ValueError: the loss is not finite."""
+        if not self.losses:  # all batches were skipped
+            self.losses, self.sizes = [torch.zeros(())], [0]
         loss, lr = torch.stack(self.losses).mean().item(), self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in self.learner.parameters()):
             kept = "nothing to keep yet"

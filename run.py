@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import pathlib
 
 import torch
+from torch.nn.functional import one_hot, pad
 
 import evaluate
 import settings
@@ -25,10 +26,19 @@ from checkpoints import load_clip_of
 from cli import end, printable, warn
 from data import task_of
 from encoders import ZeroShot
-from images import Images, ShuffledBatches, Views, randaugment_transform, train_transform
-from mao import backbone_loss, base_loss, candidates, new_loss
+from images import (
+    Images,
+    ShuffledBatches,
+    Views,
+    loader,
+    model_input,
+    randaugment_transform,
+    test_transform,
+    train_transform,
+)
+from mao import backbone_loss, base_loss, candidates, new_loss, soft_new_loss
 from phase import Phase
-from pseudolabel import PseudoLabeler
+from pseudolabel import PseudoLabeler, balanced, confident
 from record import Record, alone, folder_name, read_prompts
 from rivals import BACKBONES  # the paper's three, and the six rivals
 from sampler import HardNegativeSampler
@@ -141,7 +151,13 @@ def new_phase(learner, clip_model, task, args, record):
         learner.set_classes(task.new_names)
         first = 0
     transform = augmentation(learner, clip_model, task, args)
-    dataset = Images(task.new_train, task.new_read, transform)  # I_n: no labels, each image comes with its index
+    paths, chosen, known = task.new_train, torch.arange(len(task.new_train)), None
+    if args.pseudo_label_view == "center" or args.pseudo_labels == "balanced":  # not the paper's, as all with `known`
+        known = label_whole_images(labeler, foundation, task, args)  # [N, C_n]
+    if args.pseudo_labels == "balanced":
+        chosen, labels = balanced(known, args.unlabeled_shots)
+        paths, known = [paths[index] for index in chosen], one_hot(labels, known.shape[1]).float()
+    dataset = Images(paths, task.new_read, transform)  # I_n: no labels, each image comes with its index
     batches = ShuffledBatches(len(dataset), args.new_recipe.batch_size, args.seed)
 
     phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record)
@@ -150,13 +166,42 @@ def new_phase(learner, clip_model, task, args, record):
         for images, indices in phase.batches():  # one view each: CoPrompt, which has two, has no new phase
             with phase.precision():
                 frozen = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for labeler and learner
-                images_to_label = inputs(labeler.classifier, images, frozen)
-                pseudo_labels, _ = labeler(images_to_label)  # Eq. 7, anew for each augmented batch
-                loss = new_loss(learner, inputs(learner, images, frozen), pseudo_labels + first)  # Eq. 8
+                if known is None:
+                    p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # anew for each batch
+                else:
+                    p = known[indices]
+                pseudo_labels = p.argmax(dim=-1)  # Eq. 7
+                images = inputs(learner, images, frozen)
+                if args.pseudo_labels == "confident":
+                    keep = confident(p, args.confidence)
+                    if not keep.any():
+                        phase.skip()
+                        continue
+                    images, pseudo_labels, indices = take(images, keep), pseudo_labels[keep], indices[keep.cpu()]
+                if args.pseudo_labels == "soft":
+                    loss = soft_new_loss(learner, images, pad(p, (first, 0)))
+                else:
+                    loss = new_loss(learner, images, pseudo_labels + first)  # Eq. 8
             phase.step(loss, first + len(task.new_names))
             seen.append(indices)
             guesses.append(pseudo_labels.cpu())
-        phase.end_epoch(evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), torch.cat(guesses)))
+        phase.end_epoch(evaluate.pseudo_label_accuracy(task.new_answers, chosen, seen, guesses))
+
+
+@torch.no_grad()
+def label_whole_images(labeler, foundation, task, args):
+    """p [N, C_n] of all unlabeled images, each seen once, as CLIP's own preprocessing shows it."""
+    pixels = foundation.clip_model.visual.input_resolution
+    found = []
+    for images, _ in loader(Images(task.new_train, task.new_read, test_transform(pixels)), args.workers, batch_size=64):
+        images = model_input(images.to(args.device))
+        found.append(labeler.probabilities(inputs(labeler.classifier, images, foundation.image_features(images))))
+    return torch.cat(found)
+
+
+def take(images, keep):
+    """Those images that are to be kept, of what `inputs` gave. keep: bool [B]."""
+    return tuple(part[keep] for part in images) if isinstance(images, tuple) else images[keep]
 
 
 def augmentation(learner, clip_model, task, args):

@@ -9,7 +9,7 @@ import torch
 import demo
 from checkpoints import ACTIVATIONS
 from cli import Parser, at_least, warn
-from data import DATASETS, DEMOS, PROTOCOLS
+from data import DATASETS, DEMOS, NEW_PHASE, PROTOCOLS
 from formats import SENTENCES, read_json
 from images import default_workers
 from record import ELSEWHERE
@@ -52,6 +52,7 @@ def parser(description=None):
     add_model(parser.add_argument_group("model (Table 6)").add_argument)
     add_tuning(parser.add_argument_group("tuning (section 4.1 and appendix B)").add_argument)
     add_ablations(parser.add_argument_group("ablations (Tables 4, 5 and 8)").add_argument)
+    add_questions(parser.add_argument_group("questions to the new phase").add_argument)
     add_machine(parser.add_argument_group("machine and files").add_argument)
     return parser
 
@@ -127,6 +128,19 @@ def add_ablations(add):
     add("--pseudo-labeler", choices=["clip", "tuned"], default="clip", help="Eq. 7's CLIP (default: clip; Table 5)")
 
 
+def add_questions(add):
+    """What the paper leaves unasked (docs/results.md, "What the scores hide"); its own way is the default."""
+    add("--unlabeled-draw", choices=["balanced", "random"], default="balanced", help="unlabeled images: so "
+        "many of each new class (default), or as many of all of them, without looking")  # fmt: skip
+    add("--pseudo-label-view", choices=["augmented", "center"], default="augmented", help="what Eq. 7 labels: each view "
+        "as it comes (default, the release), or the whole image, once")  # fmt: skip
+    add("--pseudo-labels", choices=["top1", "confident", "balanced", "soft"], default="top1", help="top1 (default); "
+        "confident: those above --confidence alone; balanced: the most confident images of each class, labeled once as "
+        "whole images; soft: the probabilities as targets")  # fmt: skip
+    add("--confidence", type=at_least(0.0, 1), default=0.9, metavar="P", help="of --pseudo-labels confident (default: "
+        "0.9)")  # fmt: skip
+
+
 def add_machine(add):
     """Where and how it runs."""
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
@@ -175,6 +189,8 @@ def parse(arguments=None, description=None):
     refused = getattr(backbone, "tuned_labeler_refused", None)
     if args.pseudo_labeler == "tuned" and refused:
         raise ValueError(f"--pseudo-labeler tuned has no place with {args.backbone}: {refused}; leave it out")
+    if args.pseudo_labels == "soft" and hasattr(backbone, "cross_entropy"):
+        raise ValueError(f"--pseudo-labels soft has no place with {args.backbone}, whose cross-entropy takes labels")
     if args.sentences is not None and args.backbone != "coprompt":
         raise ValueError(f"--sentences is no setting of {args.backbone}: leave it out")
     if args.ctx_init is not None and args.n_ctx is not None:
@@ -194,7 +210,12 @@ def refuse_without_effect(args):
     if args.no_base:
         without_effect.update(dict.fromkeys(("no_reg_base", "anchors", "top_k"), "--no-base"))
     if no_new:
-        without_effect.update(dict.fromkeys(("no_reg_new", "pseudo_labeler", "unlabeled_shots"), no_new))
+        of_new_phase = ("no_reg_new", "pseudo_labeler", "unlabeled_shots", *NEW_PHASE)
+        without_effect.update(dict.fromkeys(of_new_phase, no_new))
+    if args.pseudo_labels != "confident":
+        without_effect["confidence"] = f"--pseudo-labels {args.pseudo_labels}"
+    if args.pseudo_labels == "balanced":
+        without_effect["pseudo_label_view"] = "--pseudo-labels balanced, which sees whole images"
     for option, cause in without_effect.items():
         if option in args.changed:
             raise ValueError(f"--{option.replace('_', '-')} has no effect with {cause}: leave it out")
