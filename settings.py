@@ -132,8 +132,8 @@ def add_questions(add):
     """What the paper leaves unasked (docs/results.md, "What the scores hide"); its own way is the default."""
     add("--unlabeled-draw", choices=["balanced", "random"], default="balanced", help="unlabeled images: so "
         "many of each new class (default), or as many of all of them, without looking")  # fmt: skip
-    add("--pseudo-label-view", choices=["augmented", "center"], default="augmented", help="what Eq. 7 labels: each view "
-        "as it comes (default, the release), or the whole image, once")  # fmt: skip
+    add("--pseudo-label-view", choices=["augmented", "center"], default="augmented", help="what Eq. 7 labels: each "
+        "view as it comes (default, the release), or the whole image, once")  # fmt: skip
     add("--pseudo-labels", choices=["top1", "confident", "balanced", "soft"], default="top1", help="top1 (default); "
         "confident: those above --confidence alone; balanced: the most confident images of each class, labeled once as "
         "whole images; soft: the probabilities as targets")  # fmt: skip

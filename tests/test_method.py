@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
-from pseudolabel import PseudoLabeler
+import evaluate
+from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss, soft_new_loss
+from pseudolabel import PseudoLabeler, balanced, confident
 from sampler import HardNegativeSampler, minilm, paper_batch
 
 
@@ -75,6 +76,37 @@ def test_pseudo_labels_by_hand():
     assert labels.tolist() == [0, 1]
     assert confidences.tolist() == pytest.approx([1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(-1.6))])
     assert labeler(images)[0].tolist() == [0, 1] and clip.calls == 1
+
+
+def test_confident_balanced_and_soft_labels_by_hand():
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+    assert confident(p, 0.8).tolist() == [True, True, False, False]
+    indices, labels = balanced(p, 2)  # class 1 has one image of its own; the next by its probability is image 2
+    assert indices.tolist() == [0, 1, 3, 2] and labels.tolist() == [0, 0, 1, 1]
+    learner = Plain([[1.0, 0.0], [0.0, 1.0]])
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    scale = learner.logit_scale
+    log_p = [scale - math.log(math.exp(scale) + 1), -math.log(math.exp(scale) + 1)]  # of its own class, of the other
+    expected = -(0.75 * log_p[0] + 0.25 * log_p[1] + 1 * log_p[0]) / 2
+    loss = soft_new_loss(learner, images, torch.tensor([[0.75, 0.25], [0.0, 1.0]]))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert soft_new_loss(learner, images, torch.eye(2)).item() == pytest.approx(
+        new_loss(learner, images, torch.tensor([0, 1])).item()
+    )
+
+
+def test_one_list_of_classes_by_hand():
+    """Three base and two new images; an image counts where its own class scores highest of both halves."""
+    truth = {"base": torch.tensor([0, 1, 1]), "new": torch.tensor([0, 1])}
+    of_base = {"base": ([5.0, 3.0, 4.0], [0, 1, 0]), "new": ([2.0, 6.0], [1, 1])}  # best base class of each image
+    of_new = {"base": ([4.0, 3.5, 1.0], [1, 0, 0]), "new": ([3.0, 5.0], [0, 1])}
+    found = {}
+    for name in ("base", "new"):
+        for phase, half, (scores, classes) in (("base", "base", of_base[name]), ("new", "new", of_new[name])):
+            found[phase, half, name] = (torch.tensor(scores), torch.tensor(classes), truth[name])
+    scores = evaluate.together(found, "base")
+    assert scores["base"] == pytest.approx(100 / 3) and scores["new"] == 50 and scores["all"] == pytest.approx(40)
+    assert scores["h"] == pytest.approx(evaluate.harmonic_mean(100 / 3, 50))
 
 
 LINE = {"a": 0.0, "b_b": 0.1, "c": 0.3, "d": 1.0}  # angles: nearest of a are b, c, d; of d are c, b, a

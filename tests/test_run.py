@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,8 @@ def test_a_run_and_what_it_leaves(tune, command):
     assert code == 0, err
     table = [line.split("  ") for line in out.splitlines() if "  " in line]
     assert [row[0] for row in table[1:]] == ["zero-shot CLIP", "CoOp", "CoOp + MAO"]
-    assert "single final prompt of CoOp + MAO" in out
+    told = [line for line in out.splitlines() if line.startswith("Not told which half an image is from: Base ")]
+    assert len(told) == 3 and "(CoOp)" in told[1] and "(CoOp + MAO; single final prompt: Base " in told[2]
     assert only(runs, "mao").name[:-7] == "eurosat-coop-mao-seed1-shots4-clip-demo-epochs4"  # and a hash
     for method in ROWS:
         result = json.loads((only(runs, method) / "result.json").read_text())
@@ -89,8 +91,8 @@ def test_a_run_and_what_it_leaves(tune, command):
 
     code, again, _ = command("run.py", "--eval", *(only(runs, method) for method in ROWS))
     assert code == 0
-    tables = [[line for line in text.splitlines() if "CoOp" in line or "CLIP" in line] for text in (out, again)]
-    assert [line.split() for line in tables[0]] == [line.split() for line in tables[1]]
+    tables = [[line.split() for line in text.splitlines() if "CoOp" in line or "CLIP" in line] for text in (out, again)]
+    assert sorted(tables[0]) == sorted(tables[1]) and len(tables[0]) == 6
 
 
 def test_the_embedded_default(command, tmp_path):
@@ -194,6 +196,9 @@ def test_tuning_reads_no_label_of_a_new_class_and_no_test_image(tune, monkeypatc
         "--backbone coop --cache-views 2",
         "--backbone coop --no-reg-new",
         "--backbone coop --pseudo-labeler tuned --no-base",
+        "--backbone coop --pseudo-label-view center --pseudo-labels confident --confidence 0.3",
+        "--backbone coop --pseudo-labels balanced --unlabeled-shots 2",
+        "--backbone maple --depth 2 --pseudo-labels soft",
     ],
 )
 def test_labels_on_disk_that_nobody_may_read(tune, eurosat, options):
@@ -222,6 +227,50 @@ def test_labels_on_disk_that_nobody_may_read(tune, eurosat, options):
     after = left("after")
     assert before[0] == after[0] and before[1] != after[1]
     assert [line["loss"] for line in before[2]] == [line["loss"] for line in after[2]]
+
+
+def test_a_random_draw_of_unlabeled_images_reads_no_label(tune, eurosat):
+    """Every label of a new-class training image is dealt out anew: the same images, and the same prompts."""
+    draws = []
+    path = eurosat / "eurosat" / "split_zhou_EuroSAT.json"
+    split = json.loads(path.read_text())
+    for out in ("before", "after"):
+        code, _, err, runs = tune("--method", "mao", "--unlabeled-draw", "random", "--unlabeled-shots", 2, out=out)
+        assert code == 0, err
+        (folder,) = runs.iterdir()
+        prompts = (folder / "new.safetensors").read_bytes()
+        task = data.open_task(data.open_dataset("eurosat", eurosat), 4, 2, unlabeled_draw="random")
+        draws.append((task.new_train, prompts))
+        assert len(task.new_train) == 2 * 5 == len(set(task.new_train))
+        new = [item for item in split["train"] if item[1] >= 5]
+        dealt = [item[1:] for item in new]
+        random.Random(7).shuffle(dealt)
+        for item, (label, name) in zip(new, dealt):
+            item[1:] = label, name
+        path.write_text(json.dumps(split))
+    assert draws[0] == draws[1]
+
+
+def test_other_ways_to_label(tune):
+    """Each way leaves a whole run; a threshold above all confidences takes no image, and then no step."""
+    prompts = {}
+    for options in (
+        "",
+        "--pseudo-label-view center",
+        "--pseudo-labels confident --confidence 0.8",
+        "--pseudo-labels confident --confidence 1",
+        "--pseudo-labels balanced",
+        "--pseudo-labels soft",
+    ):
+        code, _, err, runs = tune("--method", "mao", *options.split(), out=f"runs{len(prompts)}")
+        assert code == 0, err
+        (folder,) = runs.iterdir()
+        prompts[options] = (folder / "new.safetensors").read_bytes()
+        first = (folder / "base.safetensors").read_bytes()
+        if options.endswith("confidence 1"):
+            assert "pseudo_label_accuracy" not in lines(folder)[-1]
+            assert safetensors.torch.load(prompts[options])["ctx"].equal(safetensors.torch.load(first)["ctx"])
+    assert len(set(prompts.values())) == len(prompts)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +488,14 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(tmp_path):
         ("--no-base --top-k 3", "--top-k has no effect with --no-base"),
         ("--no-new --unlabeled-shots 3", "--unlabeled-shots has no effect with --no-new"),
         ("--backbone coprompt --pseudo-labeler tuned", "--pseudo-labeler has no effect with --backbone coprompt"),
+        ("--confidence 0.5", "--confidence has no effect with --pseudo-labels top1"),
+        (
+            "--pseudo-labels balanced --pseudo-label-view center",
+            "--pseudo-label-view has no effect with --pseudo-labels",
+        ),
+        ("--no-new --pseudo-labels soft", "--pseudo-labels has no effect with --no-new"),
+        ("--backbone dept --pseudo-labels soft", "--pseudo-labels soft has no place with dept"),
+        ("--protocol few-shot --unlabeled-draw random", "--unlabeled-draw has no place in the few-shot protocol"),
         ("--n-ctx 8 --ctx-init photo", "--n-ctx has no place with --ctx-init"),
     ],
 )
