@@ -5,7 +5,6 @@ the activation nor the width of a head; a config.json or open_clip_config.json b
 """
 
 import hashlib
-import json
 import pathlib
 import pickle
 import re
@@ -13,6 +12,8 @@ import warnings
 
 import safetensors.torch
 import torch
+
+from formats import CLIP_CONFIG, check, read_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip imports pkg_resources, which warns that it is deprecated
@@ -126,22 +127,26 @@ def read_config(path):
         beside = path.with_name(name)
         if not beside.is_file():
             continue
+        advice = "mend it, or take it away"
+        content = read_json(beside, dict, advice=advice)
         try:
-            content = json.loads(beside.read_text(encoding="utf-8-sig"))
             if "model_cfg" in content:  # open_clip's
                 content = content["model_cfg"]
                 activation = "quickgelu" if content.get("quick_gelu") else "gelu"
                 found = {"activation": activation, "text_activation": activation}
                 found["head_width"] = content["vision_cfg"].get("head_width", 64)
-                return {**found, "text_heads": content["text_cfg"].get("heads", 8)}
-            if "vision_config" in content:  # Hugging Face's, which leaves out its defaults
+                found["text_heads"] = content["text_cfg"].get("heads", 8)
+            elif "vision_config" in content:  # Hugging Face's, which leaves out its defaults
                 vision, text = content["vision_config"] or {}, content.get("text_config") or {}
                 found = {"activation": vision.get("hidden_act", "quick_gelu").replace("_", "")}
                 found["text_activation"] = text.get("hidden_act", "quick_gelu").replace("_", "")
                 found["head_width"] = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
-                return {**found, "text_heads": text.get("num_attention_heads", 8)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{beside} is not a CLIP's config ({error}): mend it, or take it away") from error
+                found["text_heads"] = text.get("num_attention_heads", 8)
+            else:
+                continue
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{beside} is not a CLIP's config ({error}): {advice}") from error
+        return check(found, CLIP_CONFIG, (), beside, advice)
     return {}
 
 
@@ -210,6 +215,8 @@ def build(name, state, text, vision):
     head_width = head_width or 64
     if is_vit and vision_width % head_width:
         raise ValueError(f"a vision head of {head_width} does not fit {name}, whose width is {vision_width}")
+    if text_heads is not None and sizes[-3] % text_heads:
+        raise ValueError(f"{text_heads} text heads do not fit {name}, whose text width is {sizes[-3]}")
     model = clip.model.CLIP(*sizes)
     towers = [("transformer", model.transformer, text_activation, text_heads or max(1, model.transformer.width // 64))]
     if is_vit:

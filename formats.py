@@ -26,6 +26,10 @@ LISTS = {"split": dict[Literal["train", "val", "test"], ITEMS] | None, "new_test
 NAMES = dict[str, Annotated[str, Meta(pattern=r"\S")]]  # of --names, from folders to class names
 SENTENCES = dict[str, list[str]]
 
+CLIP_CONFIG = {  # what a config beside a CLIP's weights says
+    "activation": Name, "text_activation": Name, "head_width": Count, "text_heads": Count,
+}  # fmt: skip
+
 HEADER = {  # of a file of prompts
     "dataset": Name, "backbone": Name, "settings": dict[str, Setting], "clip": Name, "clip_sha256": Sha256,
     "clip_activation": Literal["quickgelu", "gelu"] | None, "clip_head_width": Count | None,

@@ -340,7 +340,9 @@ def judge(path, read):
         text = sentence(error)
         if text is None:
             return f"fault: {traceback.format_exc(limit=-3)}"
-        if not any(part in text for part in (path.name, path.parent.name, str(path.parent.parent), "--sentences")):
+        if not any(
+            part in text for part in (path.name, path.parent.name, str(path.parent.parent), "--sentences", "--root")
+        ):
             return f"fault: the file is not named: {text[:300]}"
         if len(printable(text)) > 3000:
             return f"fault: {len(text)} characters"
