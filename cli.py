@@ -119,4 +119,7 @@ def sentence(error):
             f"there is no memory left ({text[:120]}): lower --batch-size, --anchors, --cache-views or --workers, "
             "or take a smaller --clip; what was finished is kept"
         )
-    return None if isinstance(error, RuntimeError) else str(error)
+    if isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    return text if len(text) < 1500 else f"{text[:700]} ... {text[-700:]}"  # a name of thousands of letters

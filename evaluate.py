@@ -209,7 +209,11 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     if result is None and unfinished(config, metrics):
         raise ValueError(f"{folder} has no scores: {unfinished(config, metrics)}")
     lists = read_lists(folder) or {}
-    task = task_of({**config, "root": root or config.get("root")}, kept=lists)
+    try:
+        task = task_of({**config, "root": root or config.get("root")}, kept=lists)
+        clip_model, sha256 = load_clip_of(config, device, clip)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{folder} cannot be scored: {error}") from error
     for names, known in ((task.base_names, config["classnames"]), (task.new_names, config.get("new_classnames"))):
         if known is not None and names != known:
             raise ValueError(
@@ -218,7 +222,6 @@ def score_again(folder, device, workers=0, root=None, clip=None):
             )
     if not lists and config.get("test_images", task.test_images()) != task.test_images():
         raise ValueError(f"{folder} was scored on other test images than the split has now: restore the split file")
-    clip_model, sha256 = load_clip_of(config, device, clip)
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None

@@ -114,5 +114,5 @@ def check(found, kinds, needed, where, advice, others=None):
             except msgspec.ValidationError as error:
                 raise ValueError(f"'{key}': {error}") from error
     except (ValueError, RecursionError) as error:  # msgspec's own is a ValueError
-        raise ValueError(f"{where} is broken ({error}): {advice}") from error
+        raise ValueError(f"{where} is broken ({str(error)[:300]}): {advice}") from error
     return found

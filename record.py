@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from cli import warn
-from formats import CONFIG, HEADER, LISTS, METRICS, RESULT, Percent, check, parse, read_json
+from formats import CONFIG, HEADER, LISTS, METRICS, RESULT, SPLIT, Percent, check, parse, read_json
 
 try:
     import resource
@@ -323,6 +323,15 @@ def read_result(folder):
         return None
     needed, advice = ("learnable_parameters", "seconds", "peak_mib"), "score the row again with --eval, without it"
     result = read_json(path, RESULT, needed, advice, others=Percent)
+    whole = {
+        "base": ("new", "h", "base_by_final_prompt"),
+        "one_list": ("one_list_final",),
+        "one_list_final": ("one_list",),
+    }
+    for score, others in whole.items():
+        for other in others if score in result else ():
+            if other not in result:
+                raise ValueError(f"{path} is broken ('{other}' is missing beside '{score}'): {advice}")
     if not {"base", "accuracy", "average"} & result.keys():
         raise ValueError(f"{path} is broken (it holds no score): {advice}")
     return result
@@ -341,7 +350,12 @@ def read_metrics(folder):
 def read_lists(folder):
     """lists.json of a row's folder, or None where it has none. ValueError: broken."""
     path = pathlib.Path(folder) / "lists.json"
-    return read_json(path, LISTS, tuple(LISTS), "run the row again") if path.is_file() else None
+    if not path.is_file():
+        return None
+    lists = read_json(path, LISTS, tuple(LISTS), "run the row again")
+    if lists["split"] is not None:
+        check(lists["split"], SPLIT, ("train", "test"), path, "run the row again")
+    return lists
 
 
 def read_state(folder):

@@ -361,7 +361,9 @@ def fuzz(inputs, seed, folder, report=print):
     ends = collections.defaultdict(collections.Counter)
     try:
         # Scoring and opening the demo's CLIP take seconds and read no file that is mutated here.
+        one_list = {"base": 1.0, "new": 2.0, "h": 1.5, "all": 1.5}
         scores = {"base": 1.0, "new": 2.0, "h": 1.5, "base_by_final_prompt": 1.0}
+        scores |= {"one_list": one_list, "one_list_final": one_list}
         evaluate.score = lambda *_: scores
         checkpoints.load_clip = lambda name="ViT-B/16", device="cpu", *more, **options: (
             demo(device) if name == "demo" else load(name, device, *more, **options)
