@@ -113,6 +113,6 @@ def check(found, kinds, needed, where, advice, others=None):
                 msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 raise ValueError(f"'{key}': {error}") from error
-    except (ValueError, RecursionError) as error:  # msgspec's own is a ValueError
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"{where} is broken ({str(error)[:300]}): {advice}") from error
     return found

@@ -38,6 +38,16 @@ def keep(name, value):
     return value
 
 
+def told(text):
+    """A sentence of the page that has a value in it."""
+    return HTML(f"<p>{text}</p>")
+
+
+def listed():
+    """All values that the page shows, for a program: `python -m docs --check` compares them."""
+    return HTML(f'<script type="application/json" id="values">{json.dumps(VALUES, indent=0)}</script>')
+
+
 class Run:
     """The demo's task, and CoOp with and without MAO tuned on it, by run.py's own functions."""
 
@@ -137,6 +147,7 @@ def one_image(live):
     axis.set_ylim(logits.min().item() - 2, logits.max().item() + 1)
     axis.set_ylabel("⟨g, f⟩ / τ")
     axis.set_title(f"an image of '{live.names[truth]}' (black) before tuning: p = {p[truth]:.3f}")
+    plt.close(figure)
     return figure
 
 
@@ -191,6 +202,7 @@ def batches(live):
                 spine.set_visible(batch is live.batch and position % k == 0)
                 spine.set_color("crimson")
                 spine.set_linewidth(2.5)
+    plt.close(figure)
     return figure
 
 
@@ -241,6 +253,7 @@ def regularized(live):
     axes[1].set_xticks(x, live.names, rotation=90, fontsize=5.5)
     axes[1].set_ylabel("gradient of g, norm")
     axes[1].legend(fontsize=7)
+    plt.close(figure)
     return figure
 
 
@@ -263,6 +276,7 @@ def curves(live):
         axis.set_xlabel("epoch of phase 1")
         axis.set_ylim(0)
     axes[0].legend(fontsize=8)
+    plt.close(figure)
     return figure
 
 
@@ -306,8 +320,8 @@ def pseudo_labels(live):
     chosen = np.random.default_rng(1).permutation(len(views))[:18]
     for axis, i in zip(left.subplots(3, 6).flat, chosen):
         axis.imshow(pixels[i].permute(1, 2, 0))
-        told = live.new_names[labels[i]] + ("" if right[i] else f"\nis {live.new_names[truth[i]]}")
-        axis.set_title(f"{told}\n{confidences[i]:.2f}", fontsize=6.5, pad=2)
+        name = live.new_names[labels[i]] + ("" if right[i] else f"\nis {live.new_names[truth[i]]}")
+        axis.set_title(f"{name}\n{confidences[i]:.2f}", fontsize=6.5, pad=2)
         axis.set_xticks([])
         axis.set_yticks([])
         for spine in axis.spines.values():
@@ -325,6 +339,7 @@ def pseudo_labels(live):
     axis.set_xlabel("confidence; the number of images")
     axis.set_ylabel("share that is right")
     axis.set_title(f"right: {VALUES['pseudo-labels right, one view each']:.1f}% of views")
+    plt.close(figure)
     return figure
 
 
@@ -372,6 +387,7 @@ def confusion(live):
         axis.set_title(f"{title}: {100 * (found == truth).float().mean():.1f}% right")
     axes[0].set_ylabel("the class shown")
     axes[1].set_xlabel("the class predicted")
+    plt.close(figure)
     return figure
 
 
@@ -399,4 +415,5 @@ def meetings(live):
         axis.set_xticks(range(0, count, 5), live.names[::5], rotation=90, fontsize=6)
         axis.set_yticks(range(0, count, 5), live.names[::5], fontsize=6)
     figure.colorbar(shown, ax=axes, label="share of batches with both")
+    plt.close(figure)
     return figure

@@ -79,9 +79,11 @@ def test_the_new_phase_has_no_labels():
     seen = [indices for _, indices in loader]
     assert len(loader) == 4 and len(set(torch.cat(seen).tolist())) == 128  # an index each, the last batch dropped
     right = torch.tensor(task.new_answers)[torch.cat(seen)]
-    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == {"pseudo_label_accuracy": 100}
+    of = (task.new_answers, torch.arange(150), seen)
+    assert evaluate.pseudo_label_accuracy(*of, [right]) == {"pseudo_label_accuracy": 100}
     right[:32] += 1
-    assert evaluate.pseudo_label_accuracy(task.new_answers, torch.cat(seen), right) == {"pseudo_label_accuracy": 75}
+    assert evaluate.pseudo_label_accuracy(*of, [right]) == {"pseudo_label_accuracy": 75}
+    assert evaluate.pseudo_label_accuracy(None, *of[1:], [right]) == {}
 
 
 def test_a_small_set_makes_one_smaller_batch():
