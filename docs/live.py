@@ -212,12 +212,11 @@ def batches(live):
 def remapped(live):
     """The labels of the batch, its candidates, and the labels as positions in them."""
     classes, targets = candidates(live.targets)
-    keep("H", len(classes))
+    keep("candidates, H", len(classes))
     rows = [(i + 1, live.names[t], t, r) for i, (t, r) in enumerate(zip(live.targets.tolist(), targets.tolist()))][:10]
-    told = f"H = {len(classes)} candidates of b·K = {len(live.targets)} images and {len(live.names)} base classes"
-    return table(
-        [*rows, ("…", "", "", "")], ("image", "class", "label in C<sub>b</sub>", "position in C̃′<sub>b</sub>")
-    ), told
+    text = f"H = {len(classes)} candidates, of b·K = {len(live.targets)} images and {len(live.names)} base classes."
+    header = ("image", "class", "label in C<sub>b</sub>", "position in C̃′<sub>b</sub>")
+    return table([*rows, ("…", "", "", "")], header), told(text)
 
 
 def regularized(live):
@@ -368,10 +367,9 @@ def scores(live):
     cells = [(name, f"{base:.2f}", f"{new:.2f}") for name, base, new in rows]
     cells[2] = (cells[2][0], f"<b>{cells[2][1]}</b>", cells[2][2])
     cells[3] = (cells[3][0], cells[3][1], f"<b>{cells[3][2]}</b>")
-    h = keep("H", mao["h"])
-    return table(
-        cells, ("", "Base", "New")
-    ), f"The two bold scores are the paper's Base and New; their harmonic mean, H, is {h:.2f}."
+    h = keep("harmonic mean of Base and New", mao["h"])
+    text = f"The two bold scores are the paper's Base and New; their harmonic mean, H, is {h:.2f}."
+    return table(cells, ("", "Base", "New")), told(text)
 
 
 def confusion(live):

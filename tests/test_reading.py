@@ -45,11 +45,11 @@ def test_live_values_come_out_again():
     found = docs.values(PAGE)
     assert found["cosine of the last neighbor"] == pytest.approx(np.sort(e @ e[anchor])[-8], abs=1e-4)
     torch_labels = importlib.import_module("torch").tensor([labels[index] for index in batch])
-    assert found["H"] == len(candidates(torch_labels)[0])
-    assert found["H"] < len(torch_labels) == 32 or found["H"] == 32
+    assert found["candidates, H"] == len(candidates(torch_labels)[0])
+    assert found["candidates, H"] < len(torch_labels) == 32 or found["candidates, H"] == 32
 
 
 def test_a_page_out_of_date_is_found():
     assert docs.differences(PAGE, PAGE) == []
-    other = PAGE.replace("def </span>", "def  </span>", 1).replace('"H": ', '"H": 9', 1)
+    other = PAGE.replace("def </span>", "def  </span>", 1).replace('"candidates, H": ', '"candidates, H": 9', 1)
     assert other != PAGE and any("was" in text for text in docs.differences(PAGE, other))
