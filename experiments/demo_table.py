@@ -31,14 +31,14 @@ def folder(out, domain, backbone, method, seed, recipe):
 
 def tune(job):
     """One run of run.py in a process of its own, on one thread: two of them fill two cores better than one."""
-    out, domain, backbone, seed, recipe = job
+    out, domain, backbone, seed, recipe, reuse = job
     import torch
 
     import run
 
     torch.set_num_threads(1)
     options = ["--dataset", f"demo-{domain}", "--backbone", backbone, "--seed", str(seed), "--recipe", recipe]
-    run.main([*options, "--out", out, "--workers", "0"])
+    run.main([*options, "--out", out, "--workers", "0", "--resume" if reuse else "--force"])
 
 
 def scores(out, domain, backbone, method, seeds, recipe):
@@ -83,7 +83,7 @@ def main():
             for backbone in args.backbones:
                 done = (folder(args.out, domain, backbone, "mao", seed, args.recipe) / "result.json").is_file()
                 if not (args.reuse and done):
-                    jobs.append((args.out, domain, backbone, seed, args.recipe))
+                    jobs.append((args.out, domain, backbone, seed, args.recipe, args.reuse))
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for done, _ in enumerate(pool.imap_unordered(tune, jobs), 1):
             print(f"run {done} of {len(jobs)} done", flush=True)
