@@ -217,7 +217,10 @@ def build(name, state, text, vision):
         raise ValueError(f"a vision head of {head_width} does not fit {name}, whose width is {vision_width}")
     if text_heads is not None and sizes[-3] % text_heads:
         raise ValueError(f"{text_heads} text heads do not fit {name}, whose text width is {sizes[-3]}")
-    model = clip.model.CLIP(*sizes)
+    try:
+        model = clip.model.CLIP(*sizes)
+    except Exception as error:  # of every kind, on sizes that are no model's
+        raise ValueError(f"{name} is not a CLIP checkpoint (no model has the sizes {sizes}): give another") from error
     towers = [("transformer", model.transformer, text_activation, text_heads or max(1, model.transformer.width // 64))]
     if is_vit:
         tower = model.visual.transformer
