@@ -212,8 +212,8 @@ def score_again(folder, device, workers=0, root=None, clip=None):
     try:
         task = task_of({**config, "root": root or config.get("root")}, kept=lists)
         clip_model, sha256 = load_clip_of(config, device, clip)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{folder} cannot be scored: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} cannot be scored: {error}") from error
     for names, known in ((task.base_names, config["classnames"]), (task.new_names, config.get("new_classnames"))):
         if known is not None and names != known:
             raise ValueError(

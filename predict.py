@@ -46,8 +46,8 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     header = read_header(prompt)
     try:
         clip_model, sha256 = load_clip_of(header, device, clip)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{prompt} needs its CLIP: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{prompt} needs its CLIP: {error}") from error
     state = read_prompts(prompt, header["backbone"], sha256)
     learner = build_learner(header, clip_model, header.get("classnames", classnames), f"the header of {prompt}")
     fit_state(learner, state, f"the header of {prompt}")
