@@ -286,7 +286,8 @@ def open_task(source, shots=16, unlabeled_shots=None, seed=1, unlabeled_draw="ba
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
     new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
     if unlabeled_draw == "random":
-        pool = [item for item in source.split["train"] if item[1] in set(new)]
+        of_new = set(new)
+        pool = [item for item in source.split["train"] if item[1] in of_new]
         new_items = select(random.Random(seed).sample(pool, len(new_items)), new)
     return Task(
         crop_scale=source.crop_scale,

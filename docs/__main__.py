@@ -37,7 +37,7 @@ def built(folder):
     body = re.sub(r'<a class="headerlink".*?</a>', "", body)
     body = re.sub(r'(<img [^>]*)src="([^"]+)"', lambda m: f'{m[1]}src="{embedded(folder / m[2])}"', body)
     body = re.sub(r"<pre>.*?</pre>", lambda m: colored(m[0]), body, flags=re.S)
-    style = "\n".join([(DOCS / "reading.css").read_text(), katex_style(), pygments_style(folder)])
+    style = "\n".join([(DOCS / "reading.css").read_text(), katex_style(), pygments_style()])
     sections = re.findall(r'<section id="([^"]+)">(?:\s*<span[^>]*></span>)*\s*<h2>(.*?)</h2>', body)
     contents = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in sections)
     return (
@@ -62,7 +62,7 @@ def katex_style():
     return re.sub(r"url\((fonts/[^)]+)\)", font, style)
 
 
-def pygments_style(folder):
+def pygments_style():
     """Pygments' colors for light windows, and those for dark ones."""
     from pygments.formatters import HtmlFormatter
 

@@ -22,7 +22,7 @@ nb_execution_timeout = 1200
 nb_remove_code_source = True
 pygments_style = "default"
 
-# One color for each symbol, in equations, text and code: `colors` in docs/__main__.py and docs/reading.css.
+# One color for each symbol, in equations, text and code: `SYMBOLS` in docs/__main__.py and docs/reading.css.
 MACROS = {
     r"\vb": r"\htmlClass{sym-b}{b}",
     r"\vK": r"\htmlClass{sym-K}{K}",
@@ -36,7 +36,7 @@ MACROS = {
 
 
 def katex():
-    """A function (TeX, whether displayed, macros) -> HTML: KaTeX by quickjs."""
+    """A function (TeX, whether displayed) -> HTML: KaTeX by quickjs."""
     place = pathlib.Path(importlib.util.find_spec("sphinxcontrib.katex").origin).with_name("katex.min.js")
     context = quickjs.Context()
     context.eval(place.read_text())

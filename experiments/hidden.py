@@ -117,12 +117,13 @@ def before_phase_2(options, base, tests):
     learner.set_classes(task.new_names)
     transform = run.augmentation(learner, clip_model, task, row)
     images, views = Images(task.new_train, task.new_read, transform), {"foundation": [], "tuned": []}
+    labelers = {"foundation": PseudoLabeler(foundation), "tuned": PseudoLabeler(learner)}
     for view in range(VIEWS):
         keys = [(i, augmentation_seed(args.seed, 3, view, i)) for i in range(len(images))]
         pixels = torch.stack([images[key][0] for key in keys])
         f = foundation.image_features(model_input(pixels))
-        views["foundation"].append(PseudoLabeler(foundation).probabilities(f))  # [N, C_n]
-        views["tuned"].append(PseudoLabeler(learner).probabilities(f))
+        for name, labeler in labelers.items():
+            views[name].append(labeler.probabilities(f))  # [N, C_n]
     signs = {}
     for name, p in views.items():
         signs.update({f"{sign} of {name}": value for sign, value in signs_of(torch.stack(p)).items()})
