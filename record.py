@@ -136,7 +136,7 @@ def alone(folder):
 
 
 class Record:
-    """Writes the folder of one row; a GPU's peak memory starts anew.
+    """Writes the folder of one row, whose peak memory starts anew.
 
     finished: the result of these settings that is there already, a dict, or None. state: what a stopped run left, of
     `keep`, or None. resume: go on from it. force: tune again what is there. The finished run then stands aside as
@@ -148,8 +148,7 @@ class Record:
         self.folder, self.config, self.metrics, self.seconds = pathlib.Path(folder), config, [], 0.0
         self.previous = self.folder.with_name(self.folder.name + ".previous")
         self.finished = self.state = None
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        restart_peak()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -382,8 +381,16 @@ def unfinished(config, metrics):
     return None
 
 
+def restart_peak():
+    """Lets peak memory start anew: a GPU's, and the process's where the system is Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_mib(device):
-    """Peak memory in MiB: on a GPU since its last reset, on a CPU the whole process's so far; None on Windows."""
+    """Peak memory in MiB, of the GPU or of the process, since `restart_peak`; None on Windows."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if resource is None:

@@ -1,0 +1,590 @@
+"""Every table and figure of the paper from one command: what comes out here, beside what the paper has.
+
+    python -m experiments.reproduce table1 --plan                     what it would run, how long; runs nothing
+    python -m experiments.reproduce table1 --root data                11 datasets x 7 rows x 3 seeds, on Ray
+    python -m experiments.reproduce table1 --datasets eurosat dtd --backbones coop --seeds 1 --serial
+    python -m experiments.reproduce all --demo --quick                on the embedded demo, one domain and one seed
+    python -m experiments.reproduce table8 --address 10.0.0.1:6379    on a Ray cluster
+
+A cell is a row of run.py for one dataset and one seed. What is done is not done again: stop it and go on as you like.
+As in the paper, Base and New are averaged first, over datasets and seeds, and H is the harmonic mean of the averages.
+"""
+
+import csv
+import io
+import json
+import pathlib
+import statistics
+import time
+import types
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import demo
+import settings
+from checkpoints import load_clip_of
+from cli import Parser, at_least, end, printable, warn
+from data import DEMOS
+from evaluate import build_learner, fit_state, harmonic_mean, scorer
+from experiments import figures, sweep
+from layouts import LAYOUTS
+from record import alone, read_config, read_metrics, read_prompts, write
+from rivals import BACKBONES, RIVALS
+from sampler import paper_batch
+
+PAPER = json.loads(pathlib.Path(__file__).with_name("paper.json").read_text())  # its tables, with notes on what lacks
+PAPERS_THREE = [name for name in BACKBONES if name not in RIVALS]
+TOP_K = [2, 4, 6, 8, 10, 12, 14, 16]  # Fig. 4, left
+UNLABELED = [1, 2, 4, 8, 16, 32, 64]  # Fig. 4, right: images a class
+
+
+class Row(NamedTuple):
+    """A row of a table: its name, the options of run.py that make it, and its name in paper.json, or None."""
+
+    name: str
+    options: list
+    paper: str | None
+
+
+def plain(backbone, *more, name=None, paper=None):
+    return Row(name or BACKBONES[backbone].__name__, ["--backbone", backbone, "--method", "backbone", *more], paper)
+
+
+def with_mao(backbone, *more, name=None, paper=None):
+    name = name or f"{BACKBONES[backbone].__name__} + MAO"
+    return Row(name, ["--backbone", backbone, "--method", "mao", *more], paper)
+
+
+ZERO_SHOT = Row("zero-shot CLIP", ["--method", "zeroshot"], None)  # not in the paper's tables
+
+
+def pairs(backbones):
+    """Zero-shot CLIP, and each backbone without and with MAO."""
+    found = [ZERO_SHOT]
+    for backbone in backbones:
+        found += [plain(backbone, paper=backbone), with_mao(backbone, paper=f"{backbone}+mao")]
+    return found
+
+
+def table_4(_):
+    return [
+        plain("promptsrc", name="PromptSRC", paper="backbone"),
+        with_mao("promptsrc", "--no-new", name="(a) base phase alone", paper="a_base_dde_ar"),
+        with_mao("promptsrc", "--no-base", name="(b) new phase alone", paper="b_new_dde_ar"),
+        with_mao("promptsrc", "--no-reg-new", name="(c) without reg-N", paper="c_base_dde_ar_new_dde"),
+        with_mao("promptsrc", name="(d) full", paper="d_full"),
+    ]
+
+
+def table_5(_):
+    return [
+        plain("promptsrc", name="PromptSRC", paper="backbone"),
+        with_mao("promptsrc", name="+ MAO, foundation CLIP", paper="foundation_clip"),
+        with_mao("promptsrc", "--pseudo-labeler", "tuned", name="+ MAO, tuned prompts", paper="fine_tuned_prompt"),
+    ]
+
+
+def table_7(args):
+    rivals = [plain(name, *args.of_rivals, paper=name) for name in ("cocoop", "proda", "kgcoop", "tcp")]
+    return [*rivals, plain("promptsrc", paper="promptsrc"), with_mao("promptsrc", name="MAO-SRC", paper="mao-src")]
+
+
+def table_8(_):
+    return [
+        plain("coop", name="(a) CoOp", paper="a_coop"),
+        plain("coop", "--epochs", "40", name="(b) CoOp, 2x epochs", paper="b_coop_2x_epochs"),
+        with_mao("coop", "--no-new", name="(c) + MAO, base phase alone", paper="c_mao_base_only"),
+        with_mao("coop", name="(d) + MAO", paper="d_mao_full"),
+    ]
+
+
+def table_3(args):
+    return [
+        plain("coop", paper="coop"),
+        with_mao("coop", paper="coop+mao"),
+        plain("maple", paper="maple"),
+        plain("coprompt", *args.of_rivals, paper="coprompt"),
+    ]
+
+
+def figure_3(args):
+    """DePT is a rival of its own here, on CoOp: on MaPLe and PromptSRC it is not there."""
+    dept = plain("dept", *args.of_rivals, name="CoOp + DePT", paper=None)
+    return [plain("coop"), dept, *pairs(args.backbones)[2:]] if "coop" in args.backbones else pairs(args.backbones)[1:]
+
+
+def figure_4_left(_):
+    return [with_mao("coop", "--no-new", *(() if k == 8 else ("--top-k", str(k))), name=str(k)) for k in TOP_K]
+
+
+def figure_4_right(_):
+    return [with_mao("coop", *(() if s == 16 else ("--unlabeled-shots", str(s))), name=str(s)) for s in UNLABELED]
+
+
+# What one cell tells: {score: number}. Where it tells Base and New, H comes from their averages.
+
+
+def halves(result, _):
+    return {"Base": result["base"], "New": result["new"]}
+
+
+def transfer(result, _):
+    """Table 2: the accuracy on the source and on each target."""
+    return {name: value for name, value in result.items() if name == "average" or name in (*LAYOUTS, *DEMOS)}
+
+
+def cost(result, folder):
+    """Table 3: what tuning costs, and the images per second at test of the tuned learner, its text encoded before."""
+    seconds = [line["seconds"] for line in read_metrics(folder) if line["phase"] == "base"]
+    return {
+        "learnable": result["learnable_parameters"],
+        "memory, MiB": result["peak_mib"],
+        "s per base epoch": statistics.mean(seconds),
+        "images/s": inference_rate(folder),
+        **halves(result, folder),
+    }
+
+
+def spent(result, folder):
+    """Fig. 4: the mean size H of the candidate set in the base phase, the time of all phases, the memory."""
+    sizes = [line["candidates"] for line in read_metrics(folder) if line["phase"] == "base"]
+    return {
+        **halves(result, folder),
+        "H-size": statistics.mean(sizes),
+        "seconds": result["seconds"],
+        "memory, MiB": result["peak_mib"],
+    }
+
+
+@torch.no_grad()
+def inference_rate(folder, batch=64, repeats=3):
+    """Images per second of a finished row at test: the fastest of some batches of noise, since speed sees no image."""
+    config = read_config(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip_model, sha256 = load_clip_of(config, device)
+    learner = build_learner(config, clip_model, config["classnames"], folder / "config.json")
+    fit_state(learner, read_prompts(folder / "base.safetensors", config["backbone"], sha256), folder / "config.json")
+    pixels, seconds, classify = clip_model.visual.input_resolution, [], scorer(learner)
+    images = torch.randn(batch, 3, pixels, pixels, device=device)
+    for _ in range(repeats + 1):  # the first one warms up
+        started = time.perf_counter()
+        classify(images).sum().item()  # .item() waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return batch / min(seconds[1:])
+
+
+class Made(NamedTuple):
+    """A table or figure that is made from cells."""
+
+    title: str
+    rows: object  # a function from the command's arguments to a list of `Row`
+    tell: object  # what one cell tells, a function above
+    paper: str | None = None  # its key in paper.json
+    each: bool = False  # a block for each dataset, after the one of the average
+
+
+MADE = {
+    "table1": Made("Table 1: base-to-new", lambda a: pairs(a.backbones), halves, "table1_base_to_new", True),
+    "table2": Made("Table 2: cross-dataset", lambda a: pairs(a.backbones), transfer, "table2_cross_dataset"),
+    "table3": Made("Table 3: what tuning costs", table_3, cost, "table3_cost_flowers102"),
+    "table4": Made("Table 4: MAO's parts, PromptSRC", table_4, halves, "table4_ablation_promptsrc"),
+    "table5": Made("Table 5: whose pseudo-labels, PromptSRC", table_5, halves, "table5_pseudo_labeler_promptsrc"),
+    "table7": Made("Table 7: more baselines", table_7, halves, "table7_more_baselines"),
+    "table8": Made("Table 8: MAO's parts, CoOp", table_8, halves, "table8_ablation_coop"),
+    "fig3": Made("Fig. 3: plug-and-play methods", figure_3, halves),
+    "fig4-left": Made("Fig. 4, left: K of Eq. 4, CoOp + MAO's base phase", figure_4_left, spent),
+    "fig4-right": Made("Fig. 4, right: unlabeled images a class, CoOp + MAO", figure_4_right, spent),
+    "curves": Made("Training curves, CoOp", lambda _: pairs(["coop"])[1:], halves),
+    "confusion": Made("Confusion, CoOp + MAO", lambda _: pairs(["coop"])[2:], halves),
+}
+PAPERS_WORDS = {"Base": "base", "New": "new", "H": "h", "learnable": "params", "memory, MiB": "memory_mb",
+                "s per base epoch": "seconds_per_epoch", "images/s": "inference_fps"}  # fmt: skip
+
+
+def cells_of(name, args):
+    """{(row's name, dataset): [a cell for each seed]} of a table or figure; a cell is a tuple of run.py's options."""
+    datasets, more = args.datasets, []
+    if name == "table2":  # tuned on one dataset, scored on the others
+        source = "demo-plain" if args.demo else "imagenet"
+        targets = [] if args.quick else [dataset for dataset in args.datasets if dataset != source]
+        datasets, more = [source], ["--protocol", "cross-dataset"]
+        if targets and len(targets) < 10:  # all the others are the default
+            more += ["--targets", *targets]
+    elif name == "table3":  # of one dataset
+        datasets = args.datasets if args.demo else ["oxford_flowers"]
+        datasets = datasets[:1]
+    elif name in ("curves", "confusion"):
+        datasets = args.datasets[:1]
+    return {
+        (row.name, dataset): [
+            ("--dataset", dataset, "--seed", str(seed), *row.options, *more, *args.common) for seed in args.seeds
+        ]
+        for row in MADE[name].rows(args)
+        for dataset in datasets
+    }
+
+
+# From cells to a table ------------------------------------------------------------------------------------------------
+
+
+def with_h(by_seed):
+    """{score: (mean, standard deviation or None)} of {score: number} for each seed; H of the averaged Base and New."""
+    found = {}
+    for score in by_seed[0]:
+        values = [told[score] for told in by_seed]
+        found[score] = None if None in values else statistics.mean(values)
+    spreads = {score: [told[score] for told in by_seed] for score, value in found.items() if value is not None}
+    if found.get("Base") is not None and found.get("New") is not None:
+        found["H"] = harmonic_mean(found["Base"], found["New"])
+        spreads["H"] = [harmonic_mean(told["Base"], told["New"]) for told in by_seed]
+    return {
+        score: (value, statistics.stdev(spreads[score]) if value is not None and len(by_seed) > 1 else None)
+        for score, value in found.items()
+    }
+
+
+def lines_of(name, args, out, failed):
+    """(lines, notes): a table's figures, dicts, the average over datasets first; and what is to be said under it.
+
+    An average is taken over the datasets of which all rows have all seeds; rows that have nothing at all stand aside.
+    """
+    made, told, notes, lines = MADE[name], {}, [], []
+    for key, cells in cells_of(name, args).items():
+        told[key] = []
+        for cell in cells:
+            folder, result = out / sweep.parsed(cell)[1], None
+            if cell in failed:
+                notes.append(f"[{len(notes) + 1}] {folder.name}: {failed[cell]}")
+            else:
+                result = sweep.finished(cell, out)
+            told[key].append(made.tell(result, folder) if result else f"[{len(notes)}]" if cell in failed else "")
+    rows, datasets = (list(dict.fromkeys(part)) for part in zip(*told))
+    some = [row for row in rows if any(isinstance(one, dict) for d in datasets for one in told[row, d])]
+    whole = [d for d in datasets if some and all(isinstance(one, dict) for row in some for one in told[row, d])]
+    if len(datasets) > 1 and len(whole) < len(datasets):
+        left_out = [dataset for dataset in datasets if dataset not in whole]
+        notes.append(f"the averages are over {len(whole)} of {len(datasets)} datasets, without {', '.join(left_out)}")
+    blocks = ["average", *datasets] if len(datasets) > 1 else datasets
+    for block in blocks:
+        for row in rows:
+            over = whole if block == "average" else [block]
+            by_seed, marks = [], []
+            for number in range(len(args.seeds)):
+                of_seed = [told[row, dataset][number] for dataset in over]
+                marks += [mark for mark in of_seed if isinstance(mark, str)]
+                if of_seed and all(isinstance(one, dict) for one in of_seed):
+                    by_seed.append({score: mean_or_none([one[score] for one in of_seed]) for score in of_seed[0]})
+            line = {"table": name, "dataset": block, "row": row, "mark": " ".join(marks), "seeds": len(by_seed)}
+            paper = papers(made, row, block, whole, args)
+            for score, (ours, spread) in (with_h(by_seed) if by_seed else {"": (None, None)}).items():
+                theirs = paper.get(score)
+                comparable = ours is not None and isinstance(theirs, (int, float)) and not args.demo
+                difference = ours - theirs if comparable else None
+                lines.append({**line, "score": score, "ours": ours, "spread": spread, "paper": theirs,
+                              "difference": difference})  # fmt: skip
+    return lines, notes
+
+
+def mean_or_none(values):
+    return None if None in values else statistics.mean(values)
+
+
+def papers(made, name, dataset, whole, args):
+    """{score: figure} that the paper has for a row: of a dataset, or its average over the datasets `whole`."""
+    row = next(row for row in made.rows(args) if row.name == name)
+    if made.paper is None or row.paper is None:
+        return {}
+    found, words = PAPER[made.paper]["rows"][row.paper], PAPERS_WORDS
+    if made.tell is transfer:  # of each target; over fewer targets than ten, the average of those
+        found = dict(found)
+        targets = [target for target in args.datasets if target in found and target != "imagenet"]
+        if not args.demo and len(targets) < 10 and targets:
+            found["average"] = statistics.mean(found[target] for target in targets)
+        return found
+    if "average" in found:  # Table 1
+        if dataset != "average":
+            found = found.get(dataset, {})
+        elif args.demo or len(whole) == len(LAYOUTS):
+            found = found["average"]
+        else:
+            over = [found[name] for name in whole]
+            found = {half: statistics.mean(one[half] for one in over) for half in ("base", "new")} if over else {}
+            if over:
+                found["h"] = harmonic_mean(found["base"], found["new"])
+    elif made.tell is halves and not args.demo and len(whole) < len(LAYOUTS):
+        return {}  # the paper has the average over eleven datasets alone
+    return {score: found[word] for score, word in words.items() if word in found}
+
+
+def written(name, lines, notes, args):
+    """A table as Markdown, which reads well in a terminal too."""
+    made = MADE[name]
+    seeds = f"{'seeds' if len(args.seeds) > 1 else 'seed'} {', '.join(map(str, args.seeds))}"
+    text = [f"### {made.title}", "", f"{seeds}; mean{' ± standard deviation' if len(args.seeds) > 1 else ''}; "
+            f"{'paper: its own eleven datasets, no difference is taken' if args.demo else 'difference: ours - paper'}",
+            ""]  # fmt: skip
+    scores = list(dict.fromkeys(line["score"] for line in lines if line["score"]))
+    kinds = [kind for kind in ("paper", "difference") if any(line[kind] is not None for line in lines)]
+    blocks = {}
+    for line in lines:
+        if made.each or line["dataset"] == lines[0]["dataset"]:
+            blocks.setdefault((line["dataset"], line["row"]), {})[line["score"]] = line
+    if len(scores) > 6:  # one line for ours, one for the paper's, one for the difference
+        table = [["", *scores]]
+        for (_, row), found in blocks.items():
+            for kind in ("ours", *kinds):
+                label = row if kind == "ours" else f"  {kind}"
+                if kind == "ours" or any(line[kind] is not None for line in found.values()):
+                    table.append([label, *(shown(found, score, kind) for score in scores)])
+    else:
+        titles = [f"{kind}: {score}" for kind in kinds for score in scores if has(lines, score, kind)]
+        table = [[lines[0]["dataset"] if not made.each else "dataset", "row", *scores, *titles]]
+        if not made.each:
+            table[0] = table[0][1:]
+        for (dataset, row), found in blocks.items():
+            cells = [shown(found, score, "ours") for score in scores]
+            cells += [shown(found, score, kind) for kind in kinds for score in scores if has(lines, score, kind)]
+            table.append([*([dataset] if made.each else []), row, *cells])
+    widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
+    for number, line in enumerate(table):
+        text.append("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) + " |")
+        if number == 0:
+            text.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    over = lines[0]["dataset"]
+    text += ["", *(printable(note) for note in notes)]
+    if not made.each:
+        text.append(f"of {over}" if over != "average" else "averages over the datasets; the CSV has each")
+    return "\n".join(text).rstrip() + "\n"
+
+
+def has(lines, score, kind):
+    return any(line["score"] == score and line[kind] is not None for line in lines)
+
+
+def shown(found, score, kind):
+    """A cell of a table, text. found: {score: line} of a row."""
+    line = found.get(score, next(iter(found.values())) if kind == "ours" else None)
+    if line is None or line["score"] != score:
+        return line["mark"] or "-" if line else ""
+    value = line[kind]
+    if value is None:
+        return "-" if kind == "ours" else ""
+    if isinstance(value, str):
+        return value  # "8K"
+    text = f"{value:+.2f}" if kind == "difference" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+    if kind == "ours":
+        text += f" ± {line['spread']:.2f}" if line["spread"] is not None else ""
+        text += f" {line['mark']}" if line["mark"] else ""
+    return text
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+CLASSES = {  # of each dataset
+    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102,
+    "food101": 101, "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+}  # fmt: skip
+# Seconds of a step of 32 images and MiB, where no cell of the kind is done yet: docs/speed.md, ViT-B/16 on 2 cores.
+STEP = {"coop": (17.4, 2300), "maple": (42.8, 6000), "promptsrc": (58.1, 6300)}
+
+
+def steps_of(cell):
+    """How many steps of an optimizer a cell has, nearly: a dataset of one's own may hold fewer images."""
+    args, _ = sweep.parsed(cell)
+    classes = CLASSES.get(args.dataset, len(demo.CLASSNAMES))
+    base = classes if args.protocol == "cross-dataset" else (classes + 1) // 2
+    row = settings.row(args, args.method[0], types.SimpleNamespace(new_names=range(classes - base)))
+    anchors = args.anchors or paper_batch(base)[0]
+    steps = 0
+    if row.base_recipe:
+        size = anchors if row.method == "mao" and not row.no_base else row.base_recipe.batch_size
+        steps += row.base_recipe.epochs * args.shots * base // size
+    if row.new_recipe:
+        steps += row.new_recipe.epochs * args.unlabeled_shots * (classes - base) // row.new_recipe.batch_size
+    return steps
+
+
+def kind_of(cell):
+    """What makes the time of a step: the backbone, and whether it is the demo's small CLIP."""
+    args, _ = sweep.parsed(cell)
+    return args.backbone, args.dataset.startswith("demo")
+
+
+def estimates(cells, out, device):
+    """{cell: (seconds, MiB), or None where nothing is known}, from the finished cells of the kind, or from STEP."""
+    per_step = {}
+    for cell in cells:
+        result = sweep.finished(cell, out)
+        if result and steps_of(cell):
+            per_step.setdefault(kind_of(cell), []).append((result["seconds"] / steps_of(cell), result["peak_mib"] or 0))
+    found = {}
+    for cell in cells:
+        backbone, on_demo = kind_of(cell)
+        known = per_step.get((backbone, on_demo))
+        if known:
+            seconds, mib = statistics.mean(one for one, _ in known), max(one for _, one in known)
+        elif backbone in STEP and not on_demo and device == "cpu":
+            seconds, mib = STEP[backbone]
+        else:
+            seconds, mib = None, None
+        steps = steps_of(cell)
+        found[cell] = None if seconds is None and steps else ((seconds or 0) * steps, mib or 0)
+    return found
+
+
+def show_plan(cells, out, args):
+    """Prints the cells, their number, what is done, and what the rest will take; runs nothing."""
+    known = estimates(cells, out, args.device)
+    done = [cell for cell in cells if sweep.finished(cell, out)]
+    for cell in cells:
+        state = "done" if cell in done else "unknown" if known[cell] is None else f"{known[cell][0] / 60:.1f} min"
+        print(f"{state:>10}  {sweep.parsed(cell)[1]}")
+    left = [cell for cell in cells if cell not in done]
+    told = [known[cell] for cell in left if known[cell] is not None]
+    print(f"\n{len(cells)} cells, {len(done)} done, {len(left)} to run")
+    if left:
+        hours = sum(seconds for seconds, _ in told) / 3600
+        mib = max([mib for _, mib in told], default=0)
+        print(
+            f"estimate, of tuning alone: {hours:.1f} h one after another, up to {mib:,.0f} MiB a cell; "
+            f"{len(left) - len(told)} cells are of a kind of which none is done yet"
+        )
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+BATCHES = {"fig5": figures.batch_in_plane, "fig6": figures.batch_of_images}  # need no cells
+NAMES = ["table1", "table2", "table3", "table4", "table5", "table7", "table8", "fig3", "fig4", "fig5", "fig6",
+         "curves", "confusion", "all"]  # fmt: skip
+
+
+def wanted(args):
+    """The tables and figures to make: keys of MADE and BATCHES."""
+    names = NAMES[:-1] if "all" in args.what else args.what
+    return [part for name in names for part in (["fig4-left", "fig4-right"] if name == "fig4" else [name])]
+
+
+def run_cells(todo, out, args):
+    """Runs cells; returns {cell: why it failed, a sentence}."""
+    failed, device = {}, args.device
+    if args.serial:
+        outcomes = sweep.serial(todo, out, args.cpus_per_run, device)
+    else:
+        outcomes = sweep.on_ray(
+            todo, out, args.cpus_per_run, device, args.gpus_per_run, args.memory_per_run, args.address
+        )
+    for cell, error, warnings in tqdm(outcomes, "cells", len(todo)):
+        name = sweep.parsed(cell)[1]
+        for warning in dict.fromkeys(warnings):
+            warn(f"{name}: {warning.split(': warning: ', 1)[1]}")
+        if error:
+            failed[cell] = error
+            warn(f"{name} failed: {error}")
+    return failed
+
+
+def make(names, out, args, failed):
+    """Writes and prints the tables, and draws the figures, of finished cells. Returns the figures' files."""
+    rows, drawn = [], []
+    for name in names:
+        caption = f"{', '.join(args.datasets)}; seeds {', '.join(map(str, args.seeds))}"
+        if name in BATCHES:
+            for dataset in figures.TWO_DATASETS["demo" if args.demo else "paper"]:
+                drawn.append(out / f"{name}-{dataset}.png")
+                figures.save(BATCHES[name](dataset, args.root), drawn[-1])
+            continue
+        lines, notes = lines_of(name, args, out, failed)
+        rows += lines
+        text = written(name, lines, notes, args)
+        write(out / f"{name}.md", text)
+        print("\n" + text, end="")
+        whole = [line for line in lines if line["ours"] is not None]
+        if name == "fig3":
+            figure = figures.bars(whole, caption)
+        elif name in ("fig4-left", "fig4-right"):
+            figure = figures.sweep(name, whole, caption)
+        elif name in ("curves", "confusion"):
+            cells = [c for cells in cells_of(name, args).values() for c in cells[:1] if c not in failed]
+            folders = [out / sweep.parsed(cell)[1] for cell in cells]
+            figure = getattr(figures, name)(folders) if folders else None
+        else:
+            continue
+        if figure is not None:
+            drawn.append(out / f"{name}.png")
+            figures.save(figure, drawn[-1])
+    if rows:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write(out / "figures.csv", table.getvalue())
+    return drawn
+
+
+def arguments():
+    parser = Parser("experiments.reproduce", __doc__)
+    add = parser.add_argument
+    add("what", nargs="+", choices=NAMES, metavar="WHAT", help=f"one or more of {', '.join(NAMES)}")
+    add("--plan", action="store_true", help="print the cells, what is done, and an estimate; run nothing")
+    add("--datasets", nargs="+", metavar="NAME", help="default: the paper's eleven; with --demo, its domains")
+    add("--backbones", nargs="+", choices=PAPERS_THREE, default=PAPERS_THREE, help="of Tables 1 and 2 and Fig. 3")
+    add("--seeds", nargs="+", type=at_least(0, 2**31), metavar="N", help="default: 1 2 3; with --quick 1")
+    add("--demo", action="store_true", help="the embedded demo's eleven domains in place of the eleven datasets")
+    add("--quick", action="store_true", help="the first dataset alone (of the demo: the default one), and one seed")
+    add("--recipe", choices=["own", "paper"], help="of rivals: their authors' (default), or that of the other "
+        "backbones (default with --demo)")  # fmt: skip
+    add("--root", metavar="DIR", help="of the datasets, as of run.py")
+    add("--clip", metavar="NAME|FILE", help="as of run.py")
+    add("--out", default="runs/reproduce", metavar="DIR", help="cells, tables and figures (default: runs/reproduce)")
+    add("--serial", action="store_true", help="one cell after another, without Ray")
+    add("--address", metavar="HOST:PORT", help="of a Ray cluster (default: Ray starts by itself, here)")
+    add("--cpus-per-run", type=at_least(1, 1024), default=1, metavar="N", help="threads of a cell (default: 1)")
+    add("--gpus-per-run", type=at_least(0.0, 64), metavar="X", help="default: 0.25 where there is a GPU, else 0")
+    add("--memory-per-run", type=at_least(1, 10**8), metavar="MIB", help="that Ray keeps for a cell (default: none)")
+    args = parser.parse_args()
+    if args.serial and args.address is not None:
+        parser.error("--serial runs here, --address elsewhere: leave one out")
+    known = DEMOS[1:] if args.demo else list(LAYOUTS)
+    if args.datasets is None:
+        args.datasets = [f"demo-{demo.DEFAULT}"] if args.demo and args.quick else known
+    for dataset in args.datasets:
+        if dataset not in known:
+            parser.error(f"--datasets {dataset} is not known{' with --demo' if args.demo else ''}: {', '.join(known)}")
+    if args.quick:
+        args.datasets = args.datasets[:1]
+    args.seeds = list(dict.fromkeys(args.seeds or ([1] if args.quick else [1, 2, 3])))
+    args.of_rivals = ["--recipe", "paper"] if (args.recipe or ("paper" if args.demo else "own")) == "paper" else []
+    args.common = [word for option in ("root", "clip") if getattr(args, option) is not None
+                   for word in (f"--{option}", getattr(args, option))]  # fmt: skip
+    if args.gpus_per_run is None:
+        args.gpus_per_run = 0.25 if torch.cuda.is_available() else 0.0
+    args.device = "cuda" if args.gpus_per_run else "cpu"
+    return args
+
+
+def main():
+    args = arguments()
+    out, names = pathlib.Path(args.out), wanted(args)
+    tables = [cells_of(name, args) for name in names if name in MADE]
+    cells = list(dict.fromkeys(cell for table in tables for row in table.values() for cell in row))  # each once
+    if args.plan:
+        show_plan(cells, out, args)
+        return None
+    with alone(out):
+        out.mkdir(parents=True, exist_ok=True)
+        todo = [cell for cell in cells if sweep.finished(cell, out) is None]
+        print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run")
+        sweep.clear(out, {sweep.parsed(cell)[1] for cell in todo})
+        failed = run_cells(todo, out, args) if todo else {}
+        sweep.clear(out, {sweep.parsed(cell)[1] for cell in failed})
+        drawn = make(names, out, args, failed)
+        print(f"\nTables and figures are in {out}: *.md, figures.csv{''.join(f', {path.name}' for path in drawn)}")
+    if failed:
+        print(f"{len(failed)} cells failed; the same command tries them again")
+    return 1 if failed else None
+
+
+if __name__ == "__main__":
+    end("experiments.reproduce", main)
