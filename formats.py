@@ -42,7 +42,7 @@ CONFIG = HEADER | {  # config.json: HEADER's keys, and these
     **dict.fromkeys(("root", "names", "template", "unlabeled", "new_classes", "new_test", "sentences", "ctx_init",
                      "augmentation", "out", "device", "recipe", "precision", "pseudo_labeler", "unlabeled_draw",
                      "pseudo_label_view", "pseudo_labels"), str | None),
-    **dict.fromkeys(("download", "no_base", "no_new", "no_reg_base", "no_reg_new", "resume", "force"), bool),
+    **dict.fromkeys(("download", "no_base", "no_new", "no_reg_base", "no_reg_new", "resume", "force", "plot"), bool),
     **dict.fromkeys(("epochs", "anchors", "top_k", "threads", "n_ctx", "depth", "n_ctx_vision", "depth_vision",
                      "insert_before", "prompts", "cache_views", "base_epochs", "new_epochs", "base_batch_size",
                      "new_batch_size"), Count | None),

@@ -45,6 +45,7 @@ ELSEWHERE = [
     "device",
     "threads",
     "eval",
+    "plot",
     "resume",
     "force",
 ]  # do not change what is tuned

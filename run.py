@@ -75,6 +75,10 @@ def main(arguments=None):
                 learner, states = tune(clip_model, task, row, record)
             scores = evaluate.score(learner, states, task, tests)
             rows.append((method, record.result(scores, learner)))
+            if args.plot:
+                from experiments.figures import plot  # with matplotlib, which nothing else here needs
+
+                plot(record.folder)
     evaluate.show(vars(args), rows, BACKBONES[args.backbone].__name__)
     print(printable(f"The last row's prompts and scores are in {record.folder}, the others' beside it."))
 
@@ -151,8 +155,9 @@ def new_phase(learner, clip_model, task, args, record):
         learner.set_classes(task.new_names)
         first = 0
     transform = augmentation(learner, clip_model, task, args)
-    paths, chosen, known = task.new_train, torch.arange(len(task.new_train)), None
-    if args.pseudo_label_view == "center" or args.pseudo_labels == "balanced":  # not the paper's, as all with `known`
+    paths, chosen = task.new_train, torch.arange(len(task.new_train))
+    known = None  # the paper's way. Otherwise the probabilities are known beforehand: options that it does not have.
+    if args.pseudo_label_view == "center" or args.pseudo_labels == "balanced":
         known = label_whole_images(labeler, foundation, task, args)  # [N, C_n]
     if args.pseudo_labels == "balanced":
         chosen, labels = balanced(known, args.unlabeled_shots)
@@ -167,12 +172,12 @@ def new_phase(learner, clip_model, task, args, record):
             with phase.precision():
                 frozen = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for labeler and learner
                 if known is None:
-                    p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # anew for each batch
+                    p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # of the view as it comes
                 else:
                     p = known[indices]
                 pseudo_labels = p.argmax(dim=-1)  # Eq. 7
                 images = inputs(learner, images, frozen)
-                if args.pseudo_labels == "confident":
+                if args.pseudo_labels == "confident":  # not the paper's, nor is "soft" below
                     keep = confident(p, args.confidence)
                     if not keep.any():
                         phase.skip()

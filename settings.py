@@ -153,6 +153,7 @@ def add_machine(add):
         help="load images (default: one per core, at most 8; demo: none)",
     )
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
+    add("--plot", action="store_true", help="also leave each row's training curves and confusion, as PNG")
     add("--resume", action="store_true", help="go on with a stopped run of the same settings, to the same bits")
     add("--force", action="store_true", help="tune again what is there already, or start a stopped run over")
     add("--eval", nargs="+", metavar="RUN", help="score finished rows again (--root, --clip: where they are now)")

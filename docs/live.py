@@ -368,7 +368,7 @@ def scores(live):
     cells[2] = (cells[2][0], f"<b>{cells[2][1]}</b>", cells[2][2])
     cells[3] = (cells[3][0], cells[3][1], f"<b>{cells[3][2]}</b>")
     h = keep("harmonic mean of Base and New", mao["h"])
-    text = f"The two bold scores are the paper's Base and New; their harmonic mean, H, is {h:.2f}."
+    text = f"The two bold scores are what the paper calls Base and New; their harmonic mean, H, is {h:.2f}."
     return table(cells, ("", "Base", "New")), told(text)
 
 

@@ -165,8 +165,12 @@ def cluster(ray, address):
         yield
     finally:
         ray.shutdown()
-        if address is None:
-            shutil.rmtree(context.address_info["session_dir"], ignore_errors=True)
+        if address is None:  # what it wrote into the temporary folder
+            session = pathlib.Path(context.address_info["session_dir"])
+            shutil.rmtree(session, ignore_errors=True)
+            latest = session.parent / "session_latest"
+            if latest.is_symlink() and not latest.exists():
+                latest.unlink()
 
 
 def ask(address):

@@ -53,3 +53,9 @@ def test_a_page_out_of_date_is_found():
     assert docs.differences(PAGE, PAGE) == []
     other = PAGE.replace("def </span>", "def  </span>", 1).replace('"candidates, H": ', '"candidates, H": 9', 1)
     assert other != PAGE and any("was" in text for text in docs.differences(PAGE, other))
+
+
+def test_margin_notes_link_to_their_rows():
+    rows = set(re.findall(r'<a id="([\w-]+)"></a>', (PROJECT / "docs/decisions.md").read_text()))
+    linked = re.findall(r'href="decisions\.md(#?)([\w-]*)"', PAGE)
+    assert len(linked) >= 9 and {row for _, row in linked} <= rows
