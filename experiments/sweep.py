@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
