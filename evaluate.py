@@ -162,14 +162,15 @@ def accuracy(scores, classes, labels):
     return 100 * (classes == labels).sum().item() / len(labels)
 
 
-def scorer(learner):
+def scorer(learner, g=None):
     """A function from images (or features) to the learner's scores at test, logits [B, C] (Eq. 3).
 
-    Text is encoded once, here, unless it depends on the image. A learner without `logits` of its own is scored by
-    similarity.
+    g: the text features of all classes [C, d], where they are there already. Otherwise text is encoded once, here,
+    unless it depends on the image. A learner without `logits` of its own is scored by similarity.
     """
     text_depends_on_image = getattr(learner, "text_depends_on_image", False)
-    g = None if text_depends_on_image else learner.text_features()  # [C, d]
+    if g is None and not text_depends_on_image:
+        g = learner.text_features()  # [C, d]
 
     def logits(images):
         f = learner.image_features(images)  # [B, d]

@@ -15,22 +15,23 @@ from images import PIXEL_MEAN, PIXEL_STD
 from record import write
 
 
-def export(path, learner, header, classnames, pixels):
+def export(path, learner, header, classnames, pixels, g=None):
     """Writes `path`, a pathlib.Path: a head, .safetensors, or all of it, .onnx.
 
-    learner: it holds `classnames`. header: of the file of prompts. pixels: the CLIP's input resolution.
+    learner: it holds `classnames`, or g [C, d] are their text features. header: of the file of prompts. pixels: the
+    CLIP's input resolution.
     ValueError: another ending, or `export_head` or `export_onnx` cannot.
     """
     if path.suffix == ".onnx":
-        export_onnx(path, learner, classnames, pixels)
+        export_onnx(path, learner, classnames, pixels, g)
     elif path.suffix == ".safetensors":
-        export_head(path, learner, header, classnames)
+        export_head(path, learner, header, classnames, g)
     else:
         raise ValueError(f"--export {path} must end with .safetensors (a head) or .onnx (image encoder and head)")
 
 
 @torch.no_grad()
-def export_head(path, learner, header, classnames):
+def export_head(path, learner, header, classnames, g=None):
     """The learner as a linear head on frozen CLIP's image features f, scaled to unit length (Eq. 3):
 
         logits = logit_scale * f @ text_features.T
@@ -41,7 +42,8 @@ def export_head(path, learner, header, classnames):
     if learner.prompts_images or getattr(learner, "text_depends_on_image", False):
         why = "tunes its image side or scores" if learner.prompts_images else "makes its text anew for each image"
         raise ValueError(f"{header['backbone']} {why}, so that no head holds it: export it as .onnx, or use predict.py")
-    tensors = {"text_features": learner.text_features().float().cpu().contiguous()}
+    g = learner.text_features() if g is None else g
+    tensors = {"text_features": g.float().cpu().contiguous()}
     tensors["logit_scale"] = torch.as_tensor(learner.logit_scale).float().cpu()
     about = {"classnames": list(classnames), **{key: header[key] for key in ("backbone", "clip", "clip_sha256")}}
     write(path, safetensors.torch.save(tensors, {"mao": json.dumps(about)}))
@@ -50,9 +52,9 @@ def export_head(path, learner, header, classnames):
 class Classifier(nn.Module):
     """uint8 images [B, 3, pixels, pixels] -> probabilities [B, C]: CLIP's normalization, image encoder, head."""
 
-    def __init__(self, learner):
+    def __init__(self, learner, g=None):
         super().__init__()
-        self.score = scorer(learner)
+        self.score = scorer(learner, g)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None])
 
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
         return self.score((images.float() / 255 - self.mean) / self.std).softmax(dim=-1)
 
 
-def export_onnx(path, learner, classnames, pixels):
+def export_onnx(path, learner, classnames, pixels, g=None):
     """`Classifier` as an ONNX file: "images" uint8 [B, 3, pixels, pixels] -> "probabilities" [B, C].
 
     B is any number, but 1 where text depends on the image. Its metadata "classnames" is a JSON list. Images come
@@ -78,7 +80,7 @@ def export_onnx(path, learner, classnames, pixels):
     shapes = None if single else {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.onnx.export(
-            Classifier(learner).eval(),
+            Classifier(learner, g).eval(),
             (images,),
             input_names=["images"],
             output_names=["probabilities"],

@@ -20,6 +20,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from backbones import PromptLearner
 from checkpoints import load_clip_of
 from cli import Parser, at_least, end, printable
 from data import read_names
@@ -35,13 +36,16 @@ from images import (
     model_input,
     test_transform,
 )
-from record import read_header, read_prompts, write
+from record import read_header, read_prompts, telling, whole
+
+MANY = 1000  # class names that are encoded at a time
 
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
-    """The prompt learner of a file that run.py wrote, before these class names: (learner, its CLIP).
+    """The prompt learner of a file that run.py wrote, before the names that it was tuned on: (learner, its CLIP).
 
-    clip: where that CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
+    classnames: those to come, for a file of an older version, which does not name its own. clip: where
+    that CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
     """
     header = read_header(prompt)
     try:
@@ -51,8 +55,25 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     state = read_prompts(prompt, header["backbone"], sha256)
     learner = build_learner(header, clip_model, header.get("classnames", classnames), f"the header of {prompt}")
     fit_state(learner, state, f"the header of {prompt}")
-    learner.set_classes(classnames)
     return learner, clip_model
+
+
+@torch.no_grad()
+def hold(learner, classnames):
+    """Puts a learner before class names, and returns their text features g [C, d] where they are many, else None.
+
+    Many names are encoded a thousand at a time, so that memory does not grow with them; the learner then holds the last
+    of them alone. A learner with scores of its own holds them all.
+    """
+    scores_alone = getattr(type(learner), "logits", PromptLearner.logits) is PromptLearner.logits
+    if len(classnames) <= MANY or not scores_alone:
+        learner.set_classes(classnames)
+        return None
+    parts = []
+    for start in tqdm(range(0, len(classnames), MANY), "class names", unit="thousand"):
+        learner.set_classes(classnames[start : start + MANY])
+        parts.append(learner.text_features())
+    return torch.cat(parts)
 
 
 class ImagesOrTroubles(Images):
@@ -70,31 +91,35 @@ class ImagesOrTroubles(Images):
 
 
 @torch.no_grad()
-def predict(learner, batches, device="cpu"):
-    """(probabilities [M, C] of the learner's classes (Eq. 3), what is wrong with each image or "": M strings).
+def predict(learner, batches, device="cpu", g=None):
+    """Yields, batch by batch, the probabilities [B, C] of the classes (Eq. 3), and what is wrong with each image or "".
 
-    batches: a loader of an `ImagesOrTroubles` of M images.
+    batches: a loader of an `ImagesOrTroubles`. g: of `hold`.
     """
-    found, troubles, logits = [], [], scorer(learner)
+    logits = scorer(learner, g)
     for images, wrong in tqdm(batches, unit="batch"):
-        found.append(logits(model_input(images.to(device))).float().softmax(dim=-1).cpu())  # [B, C]
-        troubles += wrong
-    return torch.cat(found), troubles
+        yield logits(model_input(images.to(device))).float().softmax(dim=-1).cpu(), wrong
 
 
-def write_table(out, paths, classes, probabilities, troubles):
+def write_table(out, paths, classes, batches):
     """The CSV file `out`: of each path the class of highest probability, and that; nothing where there is trouble.
 
-    OSError: it cannot be written.
+    The rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
+    `predict`. Yields each batch again when it is written. OSError: it cannot be written.
     """
-    table = io.StringIO()
-    rows = csv.writer(table)
-    rows.writerow(["path", "class", "confidence"])
-    confidences, best = probabilities.max(dim=-1)
-    for path, label, confidence, wrong in zip(paths, best.tolist(), confidences.tolist(), troubles):
-        cells = ["", ""] if wrong else [harmless(classes[label]), f"{confidence:.4f}"]
-        rows.writerow([harmless(str(path)), *cells])
-    write(out, table.getvalue().encode("utf-8", "surrogateescape"))
+    paths = iter(paths)
+    with whole(out) as file:
+        table = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
+        rows = csv.writer(table)
+        rows.writerow(["path", "class", "confidence"])
+        for probabilities, troubles in batches:
+            confidences, best = probabilities.max(dim=-1)
+            with telling(out):
+                for label, confidence, wrong in zip(best.tolist(), confidences.tolist(), troubles):
+                    cells = ["", ""] if wrong else [harmless(classes[label]), f"{confidence:.4f}"]
+                    rows.writerow([harmless(str(next(paths))), *cells])
+            yield probabilities, troubles
+        table.detach()
 
 
 def harmless(text):
@@ -146,14 +171,15 @@ def main():
     args = arguments()
     classes = read_names(args.classes)
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
+    g = hold(learner, classes)
     if args.export is not None:
-        export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution)
+        export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution, g)
         print(printable(f"{len(classes)} classes in {args.export}"))
     if args.images is not None:
-        return classify(args, learner, clip_model, classes)
+        return classify(args, learner, g, clip_model, classes)
 
 
-def classify(args, learner, clip_model, classes):
+def classify(args, learner, g, clip_model, classes):
     """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
 
     UnreadableImage: the single image could not be.
@@ -161,18 +187,17 @@ def classify(args, learner, clip_model, classes):
     single = args.images.is_file()
     folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
     images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
-    probabilities, troubles = predict(
-        learner, loader(images, args.workers, prefetch_factor=1, batch_size=64), args.device
-    )
-    if single and troubles[0]:
-        raise UnreadableImage(troubles[0])
-    write_table(args.out, [folder / name for name in names], classes, probabilities, troubles)
-    if single:
+    batches, wrong = loader(images, args.workers, prefetch_factor=1, batch_size=64), []
+    found = predict(learner, batches, args.device, g)
+    for probabilities, troubles in write_table(args.out, (folder / name for name in names), classes, found):
+        wrong += [trouble for trouble in troubles if trouble]
+        if single and wrong:
+            raise UnreadableImage(wrong[0])
         top = probabilities[0].topk(min(5, len(classes)))
+    if single:
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
             print(f"{100 * probability:6.2f}%  {printable(classes[label])}")
     print(printable(f"1 image in {args.out}" if len(names) == 1 else f"{len(names)} images in {args.out}"))
-    wrong = [trouble for trouble in troubles if trouble]
     if wrong:
         headline = f"predict.py: {len(wrong)} of {len(names)} images have no class there:"
         print(headline, *map(printable, wrong), sep="\n", file=sys.stderr)

@@ -87,14 +87,34 @@ def place(value):
 
 def write(path, content):
     """Puts text or bytes into `path`, whole or not at all. OSError: no room, or the folder cannot be written."""
+    with whole(path) as file, telling(path):
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A binary file beside `path`, which takes its place when all is written, and not at all after an error."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder") from error
+        with telling(path):
+            file = open(beside, "wb")  # noqa: SIM115  closed below, where other errors are
+        with file:
+            yield file
+            with telling(path):
+                file.flush()
+        with telling(path):
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def telling(path):
+    """Turns an OSError of what is done here into a sentence: `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder") from error
 
 
 def versions():

@@ -22,6 +22,7 @@ import sentence_transformers  # noqa: F401  # here once, not in every forked pro
 import torch
 
 import data
+import record
 import run
 from cli import end
 
@@ -60,15 +61,15 @@ def start(arguments, out, dies=None):
 
 def die_in_save(number, where):
     """From now on, this process kills itself in its save `number`, from 1. where: "half", "written" or "renamed"."""
-    saves, replace, write_bytes = itertools.count(1), os.replace, pathlib.Path.write_bytes
+    saves, replace, write = itertools.count(1), os.replace, record.write
     now = [0]
 
     def dying_write(path, content):
         now[0] = next(saves)
         if now[0] == number and where == "half":
-            write_bytes(path, content[: len(content) // 2])
+            path.with_name(f".{path.name}.part").write_bytes(b"{" + os.urandom(len(content) // 2))
             os.kill(os.getpid(), signal.SIGKILL)
-        return write_bytes(path, content)
+        return write(path, content)
 
     def dying_replace(source, target):
         if now[0] == number and where == "written":
@@ -77,7 +78,7 @@ def die_in_save(number, where):
         if now[0] == number and where == "renamed":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pathlib.Path.write_bytes, os.replace = dying_write, dying_replace
+    record.write, os.replace = dying_write, dying_replace
 
 
 def left_behind(out):
