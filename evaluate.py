@@ -199,16 +199,18 @@ def pseudo_label_accuracy(answers, chosen, seen, guesses):
     return {"pseudo_label_accuracy": 100 * right.float().mean().item()}
 
 
-def score_again(folder, device, workers=0, root=None, clip=None):
+def score_again(folder, device, workers=0, root=None, clip=None, threads=None):
     """Prints the scores of a tuned run's folder from what it left behind: the same digits.
 
     A row that was tuned to its end and failed while it was scored is finished by this. root, clip: where the data and
-    CLIP are now, if not where they were. ValueError, FileNotFoundError: a broken folder, or a row that is not tuned.
+    CLIP are now, if not where they were. threads: of PyTorch (default: the run's).
+    ValueError, FileNotFoundError: a broken folder, or a row that is not tuned.
     """
     folder = pathlib.Path(folder)
     config, result, metrics = read_config(folder), read_result(folder), read_metrics(folder)
     if result is None and unfinished(config, metrics):
         raise ValueError(f"{folder} has no scores: {unfinished(config, metrics)}")
+    torch.set_num_threads(threads or min(config.get("threads") or 1, 1024))
     lists = read_lists(folder) or {}
     try:
         task = task_of({**config, "root": root or config.get("root")}, kept=lists)

@@ -119,7 +119,8 @@ def write_table(out, paths, classes, batches):
                     cells = ["", ""] if wrong else [harmless(classes[label]), f"{confidence:.4f}"]
                     rows.writerow([harmless(str(next(paths))), *cells])
             yield probabilities, troubles
-        table.detach()
+        with telling(out):
+            table.detach()
 
 
 def harmless(text):

@@ -97,11 +97,14 @@ def whole(path):
     beside = path.with_name(f".{path.name}.part")
     try:
         with telling(path):
-            file = open(beside, "wb")  # noqa: SIM115  closed below, where other errors are
-        with file:
+            file = open(beside, "wb")  # noqa: SIM115  closed below, each time in its own way
+        try:
             yield file
             with telling(path):
-                file.flush()
+                file.close()
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
         with telling(path):
             os.replace(beside, path)
     finally:

@@ -48,9 +48,10 @@ def main(arguments=None):
     args = settings.parse(arguments, __doc__)
     if args.eval:
         for folder in args.eval:
-            evaluate.score_again(folder, args.device, args.workers, args.root, args.clip)
+            evaluate.score_again(folder, args.device, args.workers, args.root, args.clip, args.threads)
         return
 
+    torch.set_num_threads(args.threads)
     task = task_of(vars(args), args.download)
     clip_model, sha256 = load_clip_of(vars(args), args.device)
     settings.fit(args, task, clip_model)

@@ -146,12 +146,10 @@ def add_machine(add):
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one")  # fmt: skip
-    add(
-        "--workers",
-        type=at_least(0, 1000),
-        metavar="N",
-        help="load images (default: one per core, at most 8; demo: none)",
-    )
+    add("--workers", type=at_least(0, 1000), metavar="N", help="load images (default: one per core, at most 8; demo: "
+        "none)")  # fmt: skip
+    add("--threads", type=at_least(1, 1024), metavar="N", help="of PyTorch on a CPU; other last digits with another "
+        "number (default: one per core; demo: 1, docs/speed.md)")  # fmt: skip
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")
     add("--plot", action="store_true", help="also leave each row's training curves and confusion, as PNG")
     add("--resume", action="store_true", help="go on with a stopped run of the same settings, to the same bits")
@@ -178,6 +176,8 @@ def parse(arguments=None, description=None):
         args.workers = 0 if on_demo else default_workers()  # the demo draws images faster than a worker hands them over
     if args.clip is None:
         args.clip = "demo" if on_demo else "ViT-B/16"
+    if args.threads is None and not args.eval:  # threads that share the demo's small tensors wait for each other
+        args.threads = 1 if args.clip == "demo" else torch.get_num_threads()
     if args.unlabeled_shots is None:
         args.unlabeled_shots = args.shots
     if args.epochs is None:

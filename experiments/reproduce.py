@@ -235,155 +235,149 @@ def cells_of(name, args):
 # From cells to a table ------------------------------------------------------------------------------------------------
 
 
-def with_h(by_seed):
-    """{score: (mean, standard deviation or None)} of {score: number} for each seed; H of the averaged Base and New."""
-    found = {}
-    for score in by_seed[0]:
-        values = [told[score] for told in by_seed]
-        found[score] = None if None in values else statistics.mean(values)
-    spreads = {score: [told[score] for told in by_seed] for score, value in found.items() if value is not None}
-    if found.get("Base") is not None and found.get("New") is not None:
-        found["H"] = harmonic_mean(found["Base"], found["New"])
-        spreads["H"] = [harmonic_mean(told["Base"], told["New"]) for told in by_seed]
-    return {
-        score: (value, statistics.stdev(spreads[score]) if value is not None and len(by_seed) > 1 else None)
-        for score, value in found.items()
-    }
-
-
 def lines_of(name, args, out, failed):
-    """(lines, notes): a table's figures, dicts, the average over datasets first; and what is to be said under it.
-
-    An average is taken over the datasets of which all rows have all seeds; rows that have nothing at all stand aside.
-    """
-    made, told, notes, lines = MADE[name], {}, [], []
+    """(lines, notes): a table's figures, dicts, the average over datasets first; and what is to be said under it."""
+    made, notes, lines = MADE[name], [], []
+    told, marks = {}, {}  # of (row, dataset): what each seed's cell tells, or None; the numbers of its failures
     for key, cells in cells_of(name, args).items():
-        told[key] = []
+        told[key], marks[key] = [], ""
         for cell in cells:
-            folder, result = out / sweep.parsed(cell)[1], None
+            folder = out / sweep.parsed(cell)[1]
             if cell in failed:
                 notes.append(f"[{len(notes) + 1}] {folder.name}: {failed[cell]}")
-            else:
-                result = sweep.finished(cell, out)
-            told[key].append(made.tell(result, folder) if result else f"[{len(notes)}]" if cell in failed else "")
+                marks[key] += f" [{len(notes)}]"
+            result = None if cell in failed else sweep.finished(cell, out)
+            told[key].append(made.tell(result, folder) if result else None)
     rows, datasets = (list(dict.fromkeys(part)) for part in zip(*told))
-    some = [row for row in rows if any(isinstance(one, dict) for d in datasets for one in told[row, d])]
-    whole = [d for d in datasets if some and all(isinstance(one, dict) for row in some for one in told[row, d])]
-    if len(datasets) > 1 and len(whole) < len(datasets):
-        left_out = [dataset for dataset in datasets if dataset not in whole]
-        notes.append(f"the averages are over {len(whole)} of {len(datasets)} datasets, without {', '.join(left_out)}")
-    blocks = ["average", *datasets] if len(datasets) > 1 else datasets
-    for block in blocks:
-        for row in rows:
-            over = whole if block == "average" else [block]
-            by_seed, marks = [], []
-            for number in range(len(args.seeds)):
-                of_seed = [told[row, dataset][number] for dataset in over]
-                marks += [mark for mark in of_seed if isinstance(mark, str)]
-                if of_seed and all(isinstance(one, dict) for one in of_seed):
-                    by_seed.append({score: mean_or_none([one[score] for one in of_seed]) for score in of_seed[0]})
-            line = {"table": name, "dataset": block, "row": row, "mark": " ".join(marks), "seeds": len(by_seed)}
-            paper = papers(made, row, block, whole, args)
+    whole = whole_datasets(told, rows, datasets)
+    if len(whole) < len(datasets) > 1:
+        without = ", ".join(dataset for dataset in datasets if dataset not in whole)
+        notes.append(f"the averages are over {len(whole)} of {len(datasets)} datasets, without {without}")
+    for dataset in ["average", *datasets] if len(datasets) > 1 else datasets:
+        for row in made.rows(args):
+            over = whole if dataset == "average" else [dataset]
+            by_seed = averaged([told[row.name, one] for one in over])
+            line = {"table": name, "dataset": dataset, "row": row.name, "seeds": len(by_seed)}
+            line["mark"] = "" if dataset == "average" else marks[row.name, dataset].strip()
+            paper = papers(made, row, dataset, whole, args)
             for score, (ours, spread) in (with_h(by_seed) if by_seed else {"": (None, None)}).items():
-                theirs = paper.get(score)
-                comparable = ours is not None and isinstance(theirs, (int, float)) and not args.demo
-                difference = ours - theirs if comparable else None
+                theirs, difference = paper.get(score), None
+                if ours is not None and isinstance(theirs, float) and not args.demo:
+                    difference = ours - theirs
                 lines.append({**line, "score": score, "ours": ours, "spread": spread, "paper": theirs,
                               "difference": difference})  # fmt: skip
     return lines, notes
+
+
+def whole_datasets(told, rows, datasets):
+    """The datasets of which all rows have all seeds: over them averages compare rows. A row without any cell is out."""
+    some = [row for row in rows if any(any(told[row, dataset]) for dataset in datasets)]
+    return [dataset for dataset in datasets if some and all(all(told[row, dataset]) for row in some)]
+
+
+def averaged(by_dataset):
+    """What a row tells for each seed that all datasets have, averaged over them. by_dataset: lists over seeds."""
+    found = []
+    for of_seed in zip(*by_dataset):
+        if all(of_seed):
+            found.append({score: mean_or_none([one[score] for one in of_seed]) for score in of_seed[0]})
+    return found
 
 
 def mean_or_none(values):
     return None if None in values else statistics.mean(values)
 
 
-def papers(made, name, dataset, whole, args):
+def with_h(by_seed):
+    """{score: (mean, standard deviation or None)} of {score: number} for each seed; H of the averaged Base and New."""
+    found = {score: mean_or_none([told[score] for told in by_seed]) for score in by_seed[0]}
+    each = {score: [told[score] for told in by_seed] for score in found}
+    if found.get("Base") is not None and found.get("New") is not None:
+        found["H"] = harmonic_mean(found["Base"], found["New"])
+        each["H"] = [harmonic_mean(told["Base"], told["New"]) for told in by_seed]
+    spread = {score: statistics.stdev(each[score]) for score, mean in found.items() if mean is not None and by_seed[1:]}
+    return {score: (mean, spread.get(score)) for score, mean in found.items()}
+
+
+def papers(made, row, dataset, whole, args):
     """{score: figure} that the paper has for a row: of a dataset, or its average over the datasets `whole`."""
-    row = next(row for row in made.rows(args) if row.name == name)
     if made.paper is None or row.paper is None:
         return {}
-    found, words = PAPER[made.paper]["rows"][row.paper], PAPERS_WORDS
-    if made.tell is transfer:  # of each target; over fewer targets than ten, the average of those
-        found = dict(found)
+    found = PAPER[made.paper]["rows"][row.paper]
+    if made.tell is transfer:  # its average is over the targets; over fewer than ten, that of those
         targets = [target for target in args.datasets if target in found and target != "imagenet"]
-        if not args.demo and len(targets) < 10 and targets:
-            found["average"] = statistics.mean(found[target] for target in targets)
+        if not args.demo and 0 < len(targets) < 10:
+            found = {**found, "average": statistics.mean(found[target] for target in targets)}
         return found
-    if "average" in found:  # Table 1
-        if dataset != "average":
-            found = found.get(dataset, {})
-        elif args.demo or len(whole) == len(LAYOUTS):
-            found = found["average"]
-        else:
-            over = [found[name] for name in whole]
-            found = {half: statistics.mean(one[half] for one in over) for half in ("base", "new")} if over else {}
-            if over:
-                found["h"] = harmonic_mean(found["base"], found["new"])
-    elif made.tell is halves and not args.demo and len(whole) < len(LAYOUTS):
-        return {}  # the paper has the average over eleven datasets alone
-    return {score: found[word] for score, word in words.items() if word in found}
+    all_there = args.demo or len(whole) == len(LAYOUTS)
+    if made.each and dataset != "average":
+        found = found.get(dataset, {})
+    elif made.each and all_there:
+        found = found["average"]
+    elif made.each and whole:
+        found = {half: statistics.mean(found[one][half] for one in whole) for half in ("base", "new")}
+        found["h"] = harmonic_mean(found["base"], found["new"])
+    elif made.each or (made.tell is halves and not all_there):
+        found = {}  # the paper's other tables have the average over eleven datasets alone
+    return {score: found[word] for score, word in PAPERS_WORDS.items() if word in found}
+
+
+# From a table to text -------------------------------------------------------------------------------------------------
 
 
 def written(name, lines, notes, args):
     """A table as Markdown, which reads well in a terminal too."""
     made = MADE[name]
-    seeds = f"{'seeds' if len(args.seeds) > 1 else 'seed'} {', '.join(map(str, args.seeds))}"
-    text = [f"### {made.title}", "", f"{seeds}; mean{' ± standard deviation' if len(args.seeds) > 1 else ''}; "
-            f"{'paper: its own eleven datasets, no difference is taken' if args.demo else 'difference: ours - paper'}",
-            ""]  # fmt: skip
-    scores = list(dict.fromkeys(line["score"] for line in lines if line["score"]))
-    kinds = [kind for kind in ("paper", "difference") if any(line[kind] is not None for line in lines)]
-    blocks = {}
+    blocks = {}  # {(dataset, row): {score: line}}
     for line in lines:
         if made.each or line["dataset"] == lines[0]["dataset"]:
             blocks.setdefault((line["dataset"], line["row"]), {})[line["score"]] = line
-    if len(scores) > 6:  # one line for ours, one for the paper's, one for the difference
+    scores = list(dict.fromkeys(line["score"] for line in lines if line["score"]))
+    kinds = [kind for kind in ("ours", "paper", "difference") if any(line[kind] is not None for line in lines)]
+    if len(scores) > 6:  # Table 2: ours, the paper's and the difference stand below each other
         table = [["", *scores]]
         for (_, row), found in blocks.items():
-            for kind in ("ours", *kinds):
-                label = row if kind == "ours" else f"  {kind}"
-                if kind == "ours" or any(line[kind] is not None for line in found.values()):
-                    table.append([label, *(shown(found, score, kind) for score in scores)])
+            for kind in kinds or ["ours"]:
+                cells = [shown(found, score, kind) for score in scores]
+                if kind == "ours" or any(cells):
+                    table.append([row if kind == "ours" else f"  {kind}", *cells])
     else:
-        titles = [f"{kind}: {score}" for kind in kinds for score in scores if has(lines, score, kind)]
-        table = [[lines[0]["dataset"] if not made.each else "dataset", "row", *scores, *titles]]
-        if not made.each:
-            table[0] = table[0][1:]
+        there = {(kind, line["score"]) for line in lines for kind in kinds if kind == "ours" or line[kind] is not None}
+        columns = [(kind, score) for kind in kinds for score in scores if (kind, score) in there]
+        table = [["dataset", "row", *(score if kind == "ours" else f"{kind}: {score}" for kind, score in columns)]]
         for (dataset, row), found in blocks.items():
-            cells = [shown(found, score, "ours") for score in scores]
-            cells += [shown(found, score, kind) for kind in kinds for score in scores if has(lines, score, kind)]
-            table.append([*([dataset] if made.each else []), row, *cells])
-    widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
-    for number, line in enumerate(table):
-        text.append("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths)) + " |")
-        if number == 0:
-            text.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    over = lines[0]["dataset"]
-    text += ["", *(printable(note) for note in notes)]
-    if not made.each:
-        text.append(f"of {over}" if over != "average" else "averages over the datasets; the CSV has each")
+            table.append([dataset, row, *(shown(found, score, kind) for kind, score in columns)])
+    seeds = f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {', '.join(map(str, args.seeds))}"
+    about = [seeds if len(args.seeds) == 1 else f"{seeds}: mean ± standard deviation"]
+    if "paper" in kinds:
+        about.append("the paper's figures are of its own datasets" if args.demo else "difference: ours - paper")
+    if not made.each and lines[0]["dataset"] == "average":
+        about.append("figures.csv has each dataset")
+    text = [f"### {made.title}", "", "; ".join(about), "", *aligned(table), "", *(printable(note) for note in notes)]
     return "\n".join(text).rstrip() + "\n"
 
 
-def has(lines, score, kind):
-    return any(line["score"] == score and line[kind] is not None for line in lines)
-
-
 def shown(found, score, kind):
-    """A cell of a table, text. found: {score: line} of a row."""
-    line = found.get(score, next(iter(found.values())) if kind == "ours" else None)
-    if line is None or line["score"] != score:
-        return line["mark"] or "-" if line else ""
-    value = line[kind]
-    if value is None:
-        return "-" if kind == "ours" else ""
-    if isinstance(value, str):
-        return value  # "8K"
-    text = f"{value:+.2f}" if kind == "difference" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+    """A cell of a table, text. found: {score: line} of a row, {"": line} where no cell of it is there."""
+    if "" in found or score not in found:
+        return (found[""]["mark"] or "-") if kind == "ours" and "" in found else ""
+    line, value = found[score], found[score][kind]
+    if value is None or isinstance(value, str):  # the paper has "8K"
+        return value or ("-" if kind == "ours" else "")
+    if kind == "difference":
+        return f"{value:+.2f}"
+    text = f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
     if kind == "ours":
         text += f" ± {line['spread']:.2f}" if line["spread"] is not None else ""
         text += f" {line['mark']}" if line["mark"] else ""
     return text
+
+
+def aligned(table):
+    """The lines of a Markdown table, its columns below each other. table: lists of text, the first is the head."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -539,8 +533,8 @@ def arguments():
         help=f"of Tables 1 and 2 and Fig. 3 (default: {' '.join(PAPERS_THREE)}; the rivals too)")  # fmt: skip
     add("--seeds", nargs="+", type=at_least(0, 2**31), metavar="N", help="default: 1 2 3; with --quick 1")
     add("--demo", action="store_true", help="the embedded demo's eleven domains in place of the eleven datasets")
-    add("--quick", action="store_true", help="one dataset (of the demo: the default one), one seed, Table 2 of CoOp, fewer "
-        "points of Fig. 4")  # fmt: skip
+    add("--quick", action="store_true", help="one dataset (of the demo: the default one), one seed, CoOp in Table 2, "
+        "fewer points of Fig. 4")  # fmt: skip
     add("--recipe", choices=["own", "paper"], help="of rivals: their authors' (default), or that of the other "
         "backbones (default with --demo)")  # fmt: skip
     add("--root", metavar="DIR", help="of the datasets, as of run.py")

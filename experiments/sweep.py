@@ -18,7 +18,6 @@ import traceback
 import uuid
 
 import filelock
-import torch
 
 import run
 import settings
@@ -64,12 +63,12 @@ def attempt(options, out, threads, device):
     scratch = out / ATTEMPTS / f"{name}@{uuid.uuid4().hex[:8]}"
     told, warned, error = io.StringIO(), io.StringIO(), None
     try:
-        torch.set_num_threads(threads)
         scratch.mkdir(parents=True)
         adopt(name, out, scratch)
         workers = "0" if options[1].startswith("demo") else str(threads)
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(warned):
-            run.main([*options, "--out", str(scratch), "--workers", workers, "--device", device, "--resume"])
+            machine = ["--threads", str(threads), "--workers", workers, "--device", device]
+            run.main([*options, *machine, "--out", str(scratch), "--resume"])
         with contextlib.suppress(OSError):  # it is there: another attempt came first
             os.rename(scratch / name, out / name)
         if finished(options, out) is None:
