@@ -11,6 +11,7 @@ import safetensors
 import torch
 from PIL import Image
 
+import predict
 import record
 from backbones import BACKBONES
 from encoders import clip, load_clip
@@ -72,6 +73,19 @@ def test_learners_that_are_no_head_say_why(backbone, tuned, tmp_path, command):
     code, out, err = command("predict.py", "--prompt", file, "--classes", tmp_path / "names.txt", "--export", head)
     assert code == 2 and err.startswith(f"predict.py: {backbone} ") and ".onnx" in err and err.count("\n") == 1
     assert not head.exists() and out == ""
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_many_names_are_encoded_a_few_at_a_time(backbone, tuned, monkeypatch):
+    _, learner = tuned(backbone)
+    with torch.no_grad():
+        whole = learner.text_features()
+    monkeypatch.setattr(predict, "MANY", 2)
+    g = predict.hold(learner, NAMES)
+    if backbone in ("cocoop", "dept"):  # score in their own way
+        assert g is None
+    else:
+        assert torch.allclose(g, whole, atol=1e-6) and len(whole) == len(NAMES) > 2
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
