@@ -63,10 +63,10 @@ def hold(learner, classnames):
     """Puts a learner before class names, and returns their text features g [C, d] where they are many, else None.
 
     Many names are encoded a thousand at a time, so that memory does not grow with them; the learner then holds the last
-    of them alone. A learner with scores of its own holds them all.
+    of them alone. A learner with scores of its own, or text that depends on the image, holds them all.
     """
-    scores_alone = getattr(type(learner), "logits", PromptLearner.logits) is PromptLearner.logits
-    if len(classnames) <= MANY or not scores_alone:
+    by_similarity = getattr(type(learner), "logits", PromptLearner.logits) is PromptLearner.logits
+    if len(classnames) <= MANY or not by_similarity or getattr(learner, "text_depends_on_image", False):
         learner.set_classes(classnames)
         return None
     parts = []
