@@ -243,34 +243,64 @@ class Images(Dataset):
 
 
 class CachedViews(Dataset):
-    """V augmented views of each image of an `Images`, encoded once: (features [d] in half precision, label or index).
+    """V augmented views of each image of an `Images`, made once and kept in memory.
 
-    encode: uint8 images [B, 3, h, w] -> features [B, d] of the frozen image encoder.
-    A key is (index, augmentation seed), which picks the view. The views come from `seed` and `phase` alone.
+    An item is (what is kept of the view, the image's label or index): its pixels, uint8 [3, h, w], where `pixels` is
+    said; its features [d] in half precision, where `encode` is given; or both. encode: uint8 images [B, 3, h, w] ->
+    features [B, d] of the frozen image encoder. A key is (index, augmentation seed), which picks the view. The views
+    come from `seed` and `phase` alone. ValueError: memory will not hold them.
     """
 
-    def __init__(self, images, views, encode, seed, phase, workers=0):
+    def __init__(self, images, views, pixels, encode, seed, phase, workers=0):
         keys = []  # all images' first view, then all images' second view, ...
         for position in range(views * len(images)):
             keys.append((position % len(images), augmentation_seed(seed, phase, 0, position)))
         batches = [keys[start : start + 128] for start in range(0, len(keys), 128)]
-        width = encode(images[keys[0]][0][None]).shape[1]
-        size = f"{len(keys) * width * 2 / 2**20:.1f} MiB"
-        features, labels = [], []
-        for batch, batch_labels in tqdm(
-            loader(images, workers, batch_sampler=batches), f"caching {views} views, {size}"
-        ):
-            features.append(encode(batch).half().cpu())
+        first = images[keys[0]][0]
+        size = first.nbytes if pixels else 0  # of a view
+        if encode is not None:
+            size += 2 * encode(first[None]).shape[1]
+        size, room = size * len(keys) / 2**20, free_mib()
+        if size > room:
+            raise ValueError(
+                f"{views} views of {len(images)} images take {size:,.0f} MiB, and {room:,.0f} MiB of memory are free: "
+                "lower --cache-views"
+            )
+        self.parts, labels = [torch.empty(len(keys), *first.shape, dtype=torch.uint8)] if pixels else [], []
+        features = []
+        name = f"caching {views} views of {len(images)} images, {size:,.1f} MiB"
+        for number, (batch, batch_labels) in enumerate(tqdm(loader(images, workers, batch_sampler=batches), name)):
+            if pixels:
+                self.parts[0][128 * number : 128 * number + len(batch)] = batch
+            if encode is not None:
+                features.append(encode(batch).half().cpu())
             labels.append(batch_labels)
-        self.features = torch.cat(features).unflatten(0, (views, -1))  # [V, N, d]
-        self.labels = torch.cat(labels)[: len(images)]
+        if features:
+            self.parts.append(torch.cat(features))
+        self.parts = [part.unflatten(0, (views, -1)) for part in self.parts]  # [V, N, 3, h, w], [V, N, d]
+        self.views, self.labels = views, torch.cat(labels)[: len(images)]
 
     def __len__(self):
-        return self.features.shape[1]
+        return len(self.labels)
 
     def __getitem__(self, key):
         index, seed = key
-        return self.features[seed % len(self.features), index], self.labels[index]
+        found = [part[seed % self.views, index] for part in self.parts]
+        return found[0] if len(found) == 1 else tuple(found), self.labels[index]
+
+
+def free_mib():
+    """The memory in MiB that this process may still take: what Linux calls available, and a container's own limit."""
+    found = [sys.maxsize]
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable")]
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [] if limit == "max" else [(int(limit) - int(used)) / 2**20]
+    except OSError:  # another system, or no limit
+        pass
+    return min(found)
 
 
 class ShuffledBatches:
@@ -322,14 +352,13 @@ class SeededBatches:
             position += len(batch)
 
 
-def training_loader(images, batches, seed, phase, workers=0, pin_memory=False, views=None, encode=None):
-    """The loader of a phase (1 or 2): batches of images [B, 3, h, w] uint8 with labels or indices [B].
+def training_loader(images, batches, seed, phase, workers=0, pin_memory=False):
+    """The loader of a phase (1 or 2): batches of what `images` gives, uint8 [B, 3, h, w], with labels or indices [B].
 
-    `loader.batch_sampler.set_epoch(e)` starts epoch e. images: an `Images`. batches: a batch sampler of indices.
-    views, encode: of `CachedViews`, whose features [B, d] then take the images' place.
+    `loader.batch_sampler.set_epoch(e)` starts epoch e. images: an `Images`, or `CachedViews` of one, which no worker
+    has to load. batches: a batch sampler of indices.
     """
-    if views:
-        images, workers = CachedViews(images, views, encode, seed, phase, workers), 0
+    workers = 0 if isinstance(images, CachedViews) else workers
     batches = SeededBatches(batches, seed, phase)
     # Workers stay, else every epoch would start them again.
     return loader(images, workers, batch_sampler=batches, persistent_workers=workers > 0, pin_memory=pin_memory)

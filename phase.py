@@ -7,29 +7,30 @@ import torch
 from tqdm import tqdm
 
 import settings
-from images import model_input, training_loader
+from encoders import frozen_image_features
+from images import CachedViews, model_input, training_loader
 
 
 class Phase:
     """The optimization of a phase, from a fresh optimizer on: batches, learning rate, precision, what an epoch leaves.
 
     name: "base" or "new". recipe: a `settings.Recipe`. dataset: an `Images`. batches: its batch sampler. args: of
-    `settings.row`.
+    `settings.row`. clip_model: frozen; it encodes the views of --cache-views.
     """
 
-    def __init__(self, name, recipe, learner, dataset, batches, args, record):
+    def __init__(self, name, recipe, learner, dataset, batches, args, record, clip_model):
         self.name, self.recipe, self.learner, self.record = name, recipe, learner, record
         self.device, self.type = args.device, settings.PRECISIONS[args.precision]
-        self.loader = training_loader(
-            dataset,
-            batches,
-            args.seed,
-            {"base": 1, "new": 2}[name],
-            args.workers,
-            args.device == "cuda",
-            args.cache_views,
-            encode=lambda images: learner.image_features(model_input(images.to(args.device))),
-        )
+        number = {"base": 1, "new": 2}[name]
+        if args.cache_views:
+            frozen = name == "new" or not learner.prompts_images or getattr(learner, "uses_frozen_features", False)
+
+            def encode(images):
+                return frozen_image_features(clip_model, model_input(images.to(args.device)))
+
+            dataset = CachedViews(dataset, args.cache_views, learner.prompts_images, encode if frozen else None,
+                                  args.seed, number, args.workers)  # fmt: skip
+        self.loader = training_loader(dataset, batches, args.seed, number, args.workers, args.device == "cuda")
         self.optimizer = make_optimizer(learner, recipe.lr, **args.optimizer)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
         self.done = 0  # epochs
@@ -50,9 +51,12 @@ class Phase:
         self.bar.close()
 
     def batches(self):
-        """Yields an epoch's (images as CLIP wants them, on the device; labels or indices, on the CPU)."""
+        """Yields an epoch's (images as CLIP wants them, on the device; labels or indices, on the CPU).
+
+        With --cache-views the images are features [B, d], or a pair (images, features): `CachedViews`.
+        """
         for images, labels in self.loader:
-            if isinstance(images, list):  # several views of each image
+            if isinstance(images, list):  # several views of each image, or a pair
                 yield tuple(self.to_model(view) for view in images), labels
             else:
                 yield self.to_model(images), labels

@@ -122,7 +122,7 @@ def base_phase(learner, clip_model, task, args, record):
     else:
         batches = ShuffledBatches(len(dataset), args.base_recipe.batch_size, args.seed)
 
-    phase = Phase("base", args.base_recipe, learner, dataset, batches, args, record)
+    phase = Phase("base", args.base_recipe, learner, dataset, batches, args, record, clip_model)
     for _ in phase.epochs():
         for images, labels in phase.batches():
             with phase.precision():
@@ -166,12 +166,13 @@ def new_phase(learner, clip_model, task, args, record):
     dataset = Images(paths, task.new_read, transform)  # I_n: no labels, each image comes with its index
     batches = ShuffledBatches(len(dataset), args.new_recipe.batch_size, args.seed)
 
-    phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record)
+    phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record, clip_model)
     for _ in phase.epochs():
         seen, guesses = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
         for images, indices in phase.batches():  # one view each: CoPrompt, which has two, has no new phase
             with phase.precision():
-                frozen = foundation.image_features(images)  # f(i_n) of frozen CLIP, once for labeler and learner
+                # f(i_n) of frozen CLIP, once for labeler and learner; --cache-views brings it along
+                images, frozen = images if isinstance(images, tuple) else (images, foundation.image_features(images))
                 if known is None:
                     p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # of the view as it comes
                 else:

@@ -115,8 +115,8 @@ def add_tuning(add):
     add("--batch-size", **COUNT, help=f"of the backbone and of MAO's new phase (default: {backbone.batch_size})")
     add("--anchors", **COUNT, help="b of the base phase (default: 4 from 32 base classes, else 2)")
     add("--top-k", **COUNT, help="K of Eq. 4 (default: 8 from 16 base classes, else half of them, at least 2)")
-    add("--cache-views", **VECTORS, help="where the image side is frozen, as in coop: encode N views of each image "
-        "once, draw from them (default: none)")  # fmt: skip
+    add("--cache-views", **VECTORS, help="make N views of each image once, draw from them, and encode them once where "
+        "the image side is frozen (default: each view anew)")  # fmt: skip
 
 
 def add_ablations(add):
@@ -185,8 +185,10 @@ def parse(arguments=None, description=None):
     args.method = list(dict.fromkeys(args.method))  # each row once
     backbone = BACKBONES[args.backbone]
     args.settings = learner_settings(backbone, args)
-    if args.cache_views is not None and backbone.prompts_images:
-        raise ValueError(f"--cache-views needs a frozen image side, which {args.backbone} prompts: leave it out")
+    if args.cache_views is not None and getattr(backbone, "views", 1) > 1:
+        raise ValueError(
+            f"--cache-views has no place with {args.backbone}, which draws two views at a time: leave it out"
+        )
     refused = getattr(backbone, "tuned_labeler_refused", None)
     if args.pseudo_labeler == "tuned" and refused:
         raise ValueError(f"--pseudo-labeler tuned has no place with {args.backbone}: {refused}; leave it out")

@@ -14,6 +14,7 @@ import urllib.error
 import pytest
 import safetensors
 import safetensors.torch
+import torch
 
 import data
 import evaluate
@@ -297,22 +298,35 @@ def test_ablations(tune, switch, phases, candidates):
 
 
 def test_cached_views(tune):
-    """Every view is one that the transform gives, and the phases run on them; a prompted image side refuses."""
+    """The phases run on them, with pixels where the image side is prompted."""
     code, _, err, runs = tune("--cache-views", 3)
-    assert code == 0 and "caching 3 views, 0.0 MiB" in err, err
+    assert code == 0 and "caching 3 views of 20 images, 0.0 MiB" in err, err
     assert only(runs, "mao").name[:-7].endswith("-cache-views3") and len(lines(only(runs, "mao"))) == 4
-    code, _, err, _ = tune("--cache-views", 3, "--backbone", "maple")
-    assert code == 2 and "--cache-views needs a frozen image side, which maple prompts" in err
+    for backbone in ("maple", "promptsrc"):
+        code, _, err, _ = tune("--cache-views", 3, "--backbone", backbone, "--method", "mao")
+        assert code == 0 and "caching 3 views of 20 images, 0.2 MiB" in err, err
 
 
 def test_cached_views_are_the_augmented_images():
     task = data.open_task(data.open_dataset("demo-ice"), shots=1)
     images = images_module.Images(task.new_train, task.read, images_module.train_transform(32, (0.3, 1)))
-    cached = images_module.CachedViews(images, 4, lambda images: images.flatten(1) / 255, seed=1, phase=2)
-    features, index = cached[7, 13]
+
+    def encode(images):
+        return images.flatten(1) / 255
+
+    cached = images_module.CachedViews(images, 4, True, encode, seed=1, phase=2)
+    (pixels, features), index = cached[7, 13]
     again, _ = images[7, images_module.augmentation_seed(1, 2, 0, 1 * 50 + 7)]  # 13 % 4 = view 1 of image 7
-    assert index == 7 and (features.float() - again.flatten() / 255).abs().max() < 1e-3
-    assert len({bytes(cached[7, view][0].numpy().tobytes()) for view in range(4)}) == 4
+    assert index == 7 and torch.equal(pixels, again) and (features.float() - again.flatten() / 255).abs().max() < 1e-3
+    assert len({bytes(cached[7, view][0][0].numpy().tobytes()) for view in range(4)}) == 4
+    alone = images_module.CachedViews(images, 4, False, encode, seed=1, phase=2)
+    assert torch.equal(alone[7, 13][0], features)
+
+
+def test_views_that_memory_will_not_hold(tune, monkeypatch):
+    monkeypatch.setattr(images_module, "free_mib", lambda: 0.1)
+    code, _, err, _ = tune("--cache-views", 3, "--backbone", "maple", "--method", "backbone")
+    assert code == 2 and "3 views of 20 images take 0 MiB, and 0 MiB of memory are free: lower --cache-views" in err
 
 
 def test_the_learning_rate_by_hand():
@@ -342,7 +356,7 @@ def test_the_learning_rate_by_hand():
         (["--backbone", "coprompt", "--sentences", "nowhere.json"], "cannot read --sentences nowhere.json"),
         (["--backbone", "coprompt"], "coprompt needs sentences on the classes: give --sentences FILE"),
         (["--backbone", "cocoop", "--pseudo-labeler", "tuned"], "--pseudo-labeler tuned has no place with cocoop"),
-        (["--backbone", "dept", "--cache-views", "2"], "--cache-views needs a frozen image side"),
+        (["--backbone", "coprompt", "--cache-views", "2"], "--cache-views has no place with coprompt"),
         (["--eval", "nowhere"], "config.json is missing"),
     ],
 )
