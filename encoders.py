@@ -82,7 +82,8 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     q = q.index_select(1, end_rows).unsqueeze(2)  # [heads, H, 1, w/heads]
     s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])  # the end tokens' rows
     x = finish(block, x[end_rows], s.squeeze(2))  # [H, w]
-    return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
+    weight = clip_model.text_projection
+    return (layer_norm(clip_model.ln_final, x).to(weight.dtype) @ weight).to(x.dtype)
 
 
 # The image encoder f --------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def image_tokens(visual, images, context=None):
     The paper calls P_v a prefix of the patch tokens. The authors' backbones put it after them, and so does this. It
     makes no difference: position embeddings are added before, and attention here does not see the order of tokens.
     """
-    x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, w]
+    x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, w]
     x = torch.cat([visual.class_embedding.expand(x.shape[0], 1, -1), x], dim=1) + visual.positional_embedding
     if context is not None:
         x = torch.cat([x, context.expand(x.shape[0], -1, -1)], dim=1)  # (I, P_v)
@@ -125,7 +126,7 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     """
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):
-        return visual(images)
+        return visual(images).to(images.dtype)
     x = layer_norm(visual.ln_pre, image_tokens(visual, images, context))  # [B, T, w], T = 1 + patches + L
     layers = visual.transformer.resblocks
     for layer, block in enumerate(layers):
@@ -136,27 +137,50 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
             break
         x = finish(block, x, F.scaled_dot_product_attention(q, k, v))
     x = finish(block, x[:, :1], F.scaled_dot_product_attention(q[:, :, :1], k, v))  # [B, 1, w]
-    return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
+    return (layer_norm(visual.ln_post, x[:, 0]).to(visual.proj.dtype) @ visual.proj).to(x.dtype)
 
 
-# The two halves of a transformer block, for the fast forms.
+# What the fast forms are made of. Matrices are multiplied in the type of their weights (`in_precision`); what runs from
+# layer to layer, layer norms and features are float32.
 
 
 def project(block, x):
     """Queries, keys and values of a transformer block: x [..., T, w] -> three of [..., heads, T, w/heads]."""
-    qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    weight = block.attn.in_proj_weight
+    qkv = F.linear(layer_norm(block.ln_1, x).to(weight.dtype), weight, block.attn.in_proj_bias)
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
 
 
 def finish(block, x, attended):
     """The rest of a block: x [..., T, w] and what its tokens attended to [..., heads, T, w/heads] -> [..., T, w]."""
     x = x + block.attn.out_proj(attended.transpose(-2, -3).flatten(-2))
-    return x + block.mlp(layer_norm(block.ln_2, x))
+    return x + block.mlp(layer_norm(block.ln_2, x).to(block.mlp.c_fc.weight.dtype))
 
 
 def layer_norm(norm, x):
     """LayerNorm in the type of x, where clip's own casts to float32."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@torch.no_grad()
+def in_precision(clip_model, dtype):
+    """Puts the frozen weights that matrices are multiplied by into `dtype`, in place, and returns the model.
+
+    The fast encoders then multiply in that type. Embeddings and layer norms stay as they are.
+    """
+    for module in clip_model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+        elif isinstance(module, nn.MultiheadAttention):
+            for weight in (module.in_proj_weight, module.in_proj_bias):
+                weight.data = weight.to(dtype)
+    for owner, name in ((clip_model, "text_projection"), (clip_model.visual, "proj")):
+        if hasattr(owner, name):  # a ResNet has no proj
+            getattr(owner, name).data = getattr(owner, name).to(dtype)
+    return clip_model
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

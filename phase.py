@@ -20,7 +20,7 @@ class Phase:
 
     def __init__(self, name, recipe, learner, dataset, batches, args, record, clip_model):
         self.name, self.recipe, self.learner, self.record = name, recipe, learner, record
-        self.device, self.type = args.device, settings.PRECISIONS[args.precision]
+        self.device = args.device
         number = {"base": 1, "new": 2}[name]
         if args.cache_views:
             frozen = name == "new" or not learner.prompts_images or getattr(learner, "uses_frozen_features", False)
@@ -63,10 +63,6 @@ class Phase:
 
     def to_model(self, images):
         return model_input(images.to(self.device, non_blocking=True))
-
-    def precision(self):
-        """The autocast in which losses are computed: CLIP runs in --precision, prompts and losses in float32."""
-        return torch.autocast(self.device, self.type, enabled=self.type != torch.float32)
 
     def step(self, loss, size):
         """One step of the optimizer down a loss, a scalar. size: the number of candidates, for the record."""

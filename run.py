@@ -25,7 +25,7 @@ import settings
 from checkpoints import load_clip_of
 from cli import end, printable, warn
 from data import task_of
-from encoders import ZeroShot
+from encoders import PRECISIONS, ZeroShot, in_precision
 from images import (
     Images,
     ShuffledBatches,
@@ -54,6 +54,8 @@ def main(arguments=None):
     torch.set_num_threads(args.threads)
     task = task_of(vars(args), args.download)
     clip_model, sha256 = load_clip_of(vars(args), args.device)
+    clip_model = in_precision(clip_model, PRECISIONS[args.precision])
+    print(settings.precision_told(args))
     settings.fit(args, task, clip_model)
     zero_shot = ZeroShot(clip_model, task.base_names)
     tests = evaluate.Tests(task, zero_shot, args.device, args.workers)
@@ -125,13 +127,12 @@ def base_phase(learner, clip_model, task, args, record):
     phase = Phase("base", args.base_recipe, learner, dataset, batches, args, record, clip_model)
     for _ in phase.epochs():
         for images, labels in phase.batches():
-            with phase.precision():
-                if mao and not args.no_reg_base:
-                    loss = base_loss(learner, images, labels)  # Eq. 6
-                    size = len(candidates(labels)[0])  # H
-                else:
-                    loss = backbone_loss(learner, images, labels)  # Eq. 2
-                    size = len(task.base_names)  # C_b
+            if mao and not args.no_reg_base:
+                loss = base_loss(learner, images, labels)  # Eq. 6
+                size = len(candidates(labels)[0])  # H
+            else:
+                loss = backbone_loss(learner, images, labels)  # Eq. 2
+                size = len(task.base_names)  # C_b
             phase.step(loss, size)
         phase.end_epoch()
 
@@ -170,25 +171,24 @@ def new_phase(learner, clip_model, task, args, record):
     for _ in phase.epochs():
         seen, guesses = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
         for images, indices in phase.batches():  # one view each: CoPrompt, which has two, has no new phase
-            with phase.precision():
-                # f(i_n) of frozen CLIP, once for labeler and learner; --cache-views brings it along
-                images, frozen = images if isinstance(images, tuple) else (images, foundation.image_features(images))
-                if known is None:
-                    p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # of the view as it comes
-                else:
-                    p = known[indices]
-                pseudo_labels = p.argmax(dim=-1)  # Eq. 7
-                images = inputs(learner, images, frozen)
-                if args.pseudo_labels == "confident":  # not the paper's, nor is "soft" below
-                    keep = confident(p, args.confidence)
-                    if not keep.any():
-                        phase.skip()
-                        continue
-                    images, pseudo_labels, indices = take(images, keep), pseudo_labels[keep], indices[keep.cpu()]
-                if args.pseudo_labels == "soft":
-                    loss = soft_new_loss(learner, images, pad(p, (first, 0)))
-                else:
-                    loss = new_loss(learner, images, pseudo_labels + first)  # Eq. 8
+            # f(i_n) of frozen CLIP, once for labeler and learner; --cache-views brings it along
+            images, frozen = images if isinstance(images, tuple) else (images, foundation.image_features(images))
+            if known is None:
+                p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # of the view as it comes
+            else:
+                p = known[indices]
+            pseudo_labels = p.argmax(dim=-1)  # Eq. 7
+            images = inputs(learner, images, frozen)
+            if args.pseudo_labels == "confident":  # not the paper's, nor is "soft" below
+                keep = confident(p, args.confidence)
+                if not keep.any():
+                    phase.skip()
+                    continue
+                images, pseudo_labels, indices = take(images, keep), pseudo_labels[keep], indices[keep.cpu()]
+            if args.pseudo_labels == "soft":
+                loss = soft_new_loss(learner, images, pad(p, (first, 0)))
+            else:
+                loss = new_loss(learner, images, pseudo_labels + first)  # Eq. 8
             phase.step(loss, first + len(task.new_names))
             seen.append(indices)
             guesses.append(pseudo_labels.cpu())

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import pathlib
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import demo
 from checkpoints import ACTIVATIONS
 from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, NEW_PHASE, PROTOCOLS
+from encoders import PRECISIONS
 from formats import SENTENCES, read_json
 from images import default_workers
 from record import ELSEWHERE
@@ -36,7 +38,6 @@ RECIPES = {  # section 4.1 and appendix B
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Each goes to those learners whose class takes it.
 LEARNER_OPTIONS = ["n_ctx", "ctx_init", "depth", "n_ctx_vision", "depth_vision", "insert_before", "prompts"]
 
@@ -143,7 +144,8 @@ def add_questions(add):
 
 def add_machine(add):
     """Where and how it runs."""
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="of CLIP; prompts stay fp32 (default: fp32)")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="of CLIP's matrices; all else is fp32 "
+        "(default: auto, fp32 on a CPU, on a GPU bf16 or, where it has none, fp16 with loss scaling)")  # fmt: skip
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where there is one")  # fmt: skip
     add("--workers", type=at_least(0, 1000), metavar="N", help="load images (default: one per core, at most 8; demo: "
@@ -178,6 +180,10 @@ def parse(arguments=None, description=None):
         args.clip = "demo" if on_demo else "ViT-B/16"
     if args.threads is None and not args.eval:  # threads that share the demo's small tensors wait for each other
         args.threads = 1 if args.clip == "demo" else torch.get_num_threads()
+    if args.precision == "auto":
+        args.precision = "fp32"
+        if args.device == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if args.unlabeled_shots is None:
         args.unlabeled_shots = args.shots
     if args.epochs is None:
@@ -200,6 +206,23 @@ def parse(arguments=None, description=None):
         raise ValueError("--n-ctx has no place with --ctx-init, whose words give the number: leave one of them out")
     refuse_without_effect(args)
     return args
+
+
+def precision_told(args):
+    """One line: in which precision CLIP runs, and whether another one would be faster here."""
+    told = f"precision: {args.precision} on the {'GPU' if args.device == 'cuda' else 'CPU'}"
+    if args.device == "cpu" and args.precision == "fp32" and args.clip != "demo" and cpu_has_bf16():
+        told += "; this CPU has bf16, which is about twice as fast: --precision bf16 (docs/speed.md)"
+    return told
+
+
+def cpu_has_bf16():
+    """Whether the processor multiplies matrices in bfloat16 by itself, as Linux tells."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def refuse_without_effect(args):

@@ -48,7 +48,9 @@ def finished(options, out):
         return None
     there, wanted = read_config(out / name), {**vars(args), "method": args.method[0]}
     for key, value in wanted.items():
-        # None is a default that `settings.fit` fills in
+        # None is a default that `settings.fit` fills in; the precision may be the worker's
+        if key == "precision" and key not in args.changed:
+            continue
         if key in there and key not in ELSEWHERE and value is not None and place(there[key]) != place(value):
             raise ValueError(f"{out / name} holds a run of another {key}: move it, or give another --out")
     return result
