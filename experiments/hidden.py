@@ -165,6 +165,13 @@ def with_spread(by_seed):
     return f"{mean(by_seed):.2f}{spread}"
 
 
+def h_with_spread(base, new):
+    """H as the paper's tables have it, of the averages over seeds, and its spread. base, new: one per seed."""
+    spread = statistics.stdev([evaluate.harmonic_mean(*pair) for pair in zip(base, new)]) if len(base) > 1 else None
+    text = f"{evaluate.harmonic_mean(mean(base), mean(new)):.2f}"
+    return text if spread is None else f"{text} ± {spread:.2f}"
+
+
 def over_domains(cells, value):
     """The average over domains of value(cell), one per seed. cells: {(domain, seed): cell}."""
     seeds = sorted({seed for _, seed in cells})
@@ -188,10 +195,9 @@ def table_of_lists(cells):
             )
         new = over_domains(keyed, lambda found: found["new"])
         one = {key: over_domains(keyed, lambda found, key=key: found["one"][key]) for key in ("base", "new", "all")}
-        h = [evaluate.harmonic_mean(*pair) for pair in zip(base, new)]
-        one_h = [evaluate.harmonic_mean(*pair) for pair in zip(one["base"], one["new"])]
-        columns = [base, new, h, one["base"], one["new"], one_h, one["all"]]
-        print(f"| {name} | " + " | ".join(map(with_spread, columns)) + " |")
+        columns = [with_spread(base), with_spread(new), h_with_spread(base, new)]
+        columns += [with_spread(one["base"]), with_spread(one["new"]), h_with_spread(one["base"], one["new"])]
+        print(f"| {name} | {' | '.join(columns)} | {with_spread(one['all'])} |")
 
 
 def table_of_phase_2(cells):
@@ -301,7 +307,7 @@ def figure(cells, path):
         for method in names:
             pairs = [over_domains(cells, lambda cell, i=i: h(cell["rows"][method])[i]) for i in (0, 1)]  # noqa: B023
             by_seed = [evaluate.harmonic_mean(*pair) for pair in zip(*pairs)]
-            heights.append(mean(by_seed))
+            heights.append(evaluate.harmonic_mean(*map(mean, pairs)))
             spreads.append(statistics.stdev(by_seed) if len(by_seed) > 1 else 0)
         bars = axes[0].bar([i + shift for i in range(3)], heights, 0.38, yerr=spreads, capsize=3, label=label,
                            color="0.35" if shift < 0 else "0.75", edgecolor="black")  # fmt: skip
