@@ -1,13 +1,16 @@
 """What tuning costs: the columns of Table 3 for every backbone with and without MAO, beside a straightforward baseline.
 
-    python -m experiments.bench --quick             each call once, MAO's rows for CoOp only
-    python -m experiments.bench --json bench.json   all rows, medians of three (--repeats), in a file too
+    python -m experiments.bench --quick             small batches, MAO's rows for CoOp only: some minutes
+    python -m experiments.bench --json bench.json   all rows at 32 images a step, in a file too: half an hour
     python -m experiments.bench --table3            Table 3's columns of all nine prompt learners, without a baseline
 
 The baseline does what the authors' releases do, by the plain encoders of encoders.py: all classes at all 77 positions,
 images encoded anew. Weights are random, at the sizes of ViT-B/16, since speed does not depend on them. The classes are
-the 51 base classes of Flowers102. Every fast path is checked against the baseline in the run. Ratios are the baseline's
-time or memory over ours, unless the name says otherwise.
+the 51 base classes of Flowers102. Every fast path is checked against the baseline in the run.
+
+Calls are measured in turns, A B C A B C ..., and of each the fastest turn counts. A ratio is the baseline's time over
+ours, unless its name says otherwise, and behind it stands its spread: how far the two fastest turns are apart. Where
+that is more than 15%, the machine was too busy, and the bench says so in place of the ratio.
 """
 
 import ctypes
@@ -16,6 +19,7 @@ import pathlib
 import platform
 import statistics
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cli import Parser, at_least, end
-from encoders import ZeroShot, clip, encode_images, frozen_image_features
+from encoders import PRECISIONS, ZeroShot, clip, encode_images, frozen_image_features, in_precision
 from evaluate import scorer
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
@@ -43,7 +47,8 @@ SIZES = {  # clip.model.CLIP's: embedding, pixels, layers, width, patch; context
     "vit-b/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
     "tiny": (64, 32, 4, 64, 8, 77, 49408, 64, 1, 4),
 }
-BATCH, SHOTS, VIEWS, EPOCHS = 32, 16, 8, 10
+BATCH, QUICK_BATCH, SHOTS, VIEWS, EPOCHS = 32, 8, 16, 8, 10
+STEADY = 0.15  # the largest spread of a ratio that is printed
 MEASURED = [name for name in BACKBONES if name not in RIVALS]  # the paper's three
 
 
@@ -95,23 +100,58 @@ class Baseline:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
+class Cost(NamedTuple):
+    """What a call takes: the seconds of each turn, and MiB at its peak beyond what was held before."""
+
+    seconds: list
+    mib: float
+
+    @property
+    def least(self):
+        return min(self.seconds)
+
+    @property
+    def spread(self):
+        """By how much the second fastest turn is slower than the fastest: 0.1 is 10%."""
+        first, second = sorted(self.seconds)[:2]
+        return second / first - 1
+
+
+class Ratio(NamedTuple):
+    """A ratio of the least times of two calls, and the larger of their spreads."""
+
+    value: float
+    spread: float
+
+    def __str__(self):
+        if self.spread > STEADY:
+            return f"unsteady: the fastest two turns are {100 * self.spread:.0f}% apart; run it again"
+        return f"{self.value:.2f} ({100 * self.spread:.0f}%)"
+
+
+def ratio(theirs, ours):
+    return Ratio(theirs.least / ours.least, max(theirs.spread, ours.spread))
+
+
 class Meter:
-    """Seconds and peak memory of a call: the median of its repeats, after one to warm up where there are several."""
+    """Measures calls in turns, A B C A B C ..., so that what else the machine does meets all of them alike."""
 
-    def __init__(self, device, repeats):
-        self.device, self.repeats = device, repeats
+    def __init__(self, device, turns):
+        self.device, self.turns = device, turns
 
-    def __call__(self, call):
-        seconds, mib = [], []
-        for _ in range(self.repeats + (self.repeats > 1)):
-            before = self.memory(restart=True)
-            started = time.perf_counter()
-            call()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-            mib.append(self.memory() - before)
-        return statistics.median(seconds[-self.repeats :]), statistics.median(mib[-self.repeats :])
+    def __call__(self, calls):
+        """{name: Cost} of {name: a function of nothing}."""
+        seconds, mib = {name: [] for name in calls}, {name: [] for name in calls}
+        for _ in range(self.turns):
+            for name, call in calls.items():
+                before = self.memory(restart=True)
+                started = time.perf_counter()
+                call()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - started)
+                mib[name].append(self.memory() - before)
+        return {name: Cost(seconds[name], statistics.median(mib[name])) for name in calls}
 
     def memory(self, restart=False):
         """MiB: what is held now, from where the peak starts anew, or that peak. On a CPU the process's, by Linux."""
@@ -128,12 +168,12 @@ class Meter:
 
 
 def gradients(learner, loss):
-    """Runs a step: its gradients, and its loss with them, are kept as `learner.found`."""
+    """Runs a step: returns its loss and its gradients. loss: a function of nothing that gives the scalar."""
     for parameter in learner.parameters():
         parameter.grad = None
     loss = loss()
     loss.backward()
-    learner.found = [loss.detach()] + [parameter.grad for parameter in learner.parameters()]
+    return [loss.detach()] + [parameter.grad for parameter in learner.parameters()]
 
 
 class ImageSide:
@@ -141,15 +181,15 @@ class ImageSide:
     and, after everything else, their backward are calls of their own. The step's gradients stay what they are.
     """
 
-    def __init__(self, learner):
-        self.learner, self.encode, self.seconds = learner, learner.image_features, []
+    def __init__(self, learner, device):
+        self.learner, self.device, self.encode, self.seconds = learner, device, learner.image_features, []
 
     def timed(self, call):
-        if torch.cuda.is_available():
+        if self.device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
         found = call()
-        if torch.cuda.is_available():
+        if self.device == "cuda":
             torch.cuda.synchronize()
         self.seconds[-1] += time.perf_counter() - started
         return found
@@ -162,10 +202,10 @@ class ImageSide:
     def __call__(self, loss):
         self.seconds.append(0.0)
         self.learner.image_features = self.image_features
-        gradients(self.learner, loss)
+        found = gradients(self.learner, loss)
         del self.learner.image_features
         self.timed(lambda: self.whole.backward(self.cut.grad))
-        self.learner.found[1:] = [parameter.grad for parameter in self.learner.parameters()]
+        return found[:1] + [parameter.grad for parameter in self.learner.parameters()]
 
 
 def difference(ours, theirs):
@@ -177,178 +217,221 @@ def difference(ours, theirs):
 
 
 class Case:
-    """What is measured: a CLIP of random weights, class names, a batch of images, and labels for each kind of step."""
+    """What is measured: a CLIP of random weights, class names, a batch of images, and labels for each kind of step.
 
-    def __init__(self, sizes, device, measure):
-        self.sizes, self.device, self.measure = sizes, device, measure
-        self.model = random_clip(sizes, device)
+    precision: of CLIP's matrices, a key of `encoders.PRECISIONS`. batch: images of a step.
+    """
+
+    def __init__(self, sizes, device, meter, batch, precision="fp32"):
+        self.sizes, self.device, self.meter, self.batch = sizes, device, meter, batch
+        self.model = in_precision(random_clip(sizes, device), PRECISIONS[precision])
         self.classnames = names(51)
         pixels = self.model.visual.input_resolution
         torch.manual_seed(1)
-        self.images = torch.randn(BATCH, 3, pixels, pixels, device=device)
-        self.labels = torch.arange(BATCH) % 51
-        sampler = HardNegativeSampler(np.repeat(np.arange(51), SHOTS), self.classnames, *paper_batch(51))
+        self.images = torch.randn(batch, 3, pixels, pixels, device=device)
+        self.labels = torch.arange(batch) % 51
+        b, k = paper_batch(51)
+        b, k = (b, k) if batch >= b * k else (2, batch // 2)  # a small batch of hard negatives for --quick
+        sampler = HardNegativeSampler(np.repeat(np.arange(51), SHOTS), self.classnames, b, k)
         self.hard_labels = torch.from_numpy(sampler.labels[next(iter(sampler))])  # of a batch of hard negatives
         self.classes = candidates(self.hard_labels)[0].to(device)  # H of them
-        self.plain_steps, self.base_steps = 51 * SHOTS // BATCH, len(sampler)  # per epoch
+        self.plain_steps, self.base_steps = 51 * SHOTS // batch, len(sampler)  # per epoch
         self.foundation = ZeroShot(self.model, self.classnames)
         self.labeler = PseudoLabeler(self.foundation)
-        self.encode = measure(self.encode_images)[0]  # seconds, and f [B, d] with them
+        self.f = self.encode()
 
-    def encode_images(self):
-        self.f = frozen_image_features(self.model, self.images)
+    def encode(self):
+        """The frozen features f [B, d] of the images."""
+        return frozen_image_features(self.model, self.images)
 
-    def step(self, learner, loss):
-        """(seconds, MiB) of a forward and backward pass; `loss` is a function of nothing that gives the scalar."""
-        return self.measure(lambda: gradients(learner, loss))
+    def learner(self, backbone):
+        """A prompt learner, with the same prompts in each case; frozen text features of one template, computed once."""
+        torch.manual_seed(1)
+        learner = BACKBONES[backbone](self.model, self.classnames)
+        learner.frozen_text = self.foundation.text_features()  # PromptSRC's: once per run, not per step
+        learner.bank = self.foundation.text_features()[None]  # CoPrompt's
+        return learner
 
-    def new_phase_loss(self, learner, images):
-        """MAO's new phase as run.py has it: pseudo-labels, then the loss."""
-        f = self.foundation.image_features(images)
+    def new_phase_loss(self, learner, images, f=None):
+        """MAO's new phase as run.py has it: pseudo-labels, then the loss. f: frozen features that are cached."""
+        f = self.foundation.image_features(images) if f is None else f
         pseudo_labels, _ = self.labeler(f)
         return new_loss(learner, inputs(learner, images, f), pseudo_labels)
 
 
-def bench_steps(case, backbone, with_mao):
-    """(rows, ratios, differences) of a backbone's steps: the authors' way, ours, and with MAO."""
-    torch.manual_seed(1)  # the same prompts whichever backbones are measured
-    learner = BACKBONES[backbone](case.model, case.classnames)
-    learner.frozen_text = case.foundation.text_features()  # PromptSRC's, of one template: once per run, not per step
-    baseline = Baseline(learner)
-    images, labels, hard_labels = case.images, case.labels, case.hard_labels
-    authors = case.step(learner, lambda: baseline.loss(images, labels))
-    theirs = learner.found
-    if learner.prompts_images:
-        side = ImageSide(learner)
-        ours = case.measure(lambda: side(lambda: backbone_loss(learner, images, labels)))
-        bound = statistics.median(side.seconds[-case.measure.repeats :])
-        if hasattr(learner, "other_losses"):
-            bound += case.encode  # the frozen image features that its losses take
-    else:
-        ours = case.step(learner, lambda: backbone_loss(learner, images, labels))
-        bound = case.encode
-    differences = {f"{backbone}: loss and gradients": difference(learner.found, theirs)}
+def bench_steps(case, half, backbone, quick):
+    """(rows, ratios, differences) of a backbone's steps: the authors' way, ours, in bf16, on cached views, with MAO.
+
+    half: the case in bf16.
+    """
+    learner, halved = case.learner(backbone), half.learner(backbone)
+    baseline, side, found = Baseline(learner), ImageSide(learner, case.device), {}
+    prompted, pair = learner.prompts_images, getattr(learner, "uses_frozen_features", False)
+    images = {one: (one.images, one.f) if pair else one.images if prompted else one.f for one in (case, half)}  # cached
+
+    def step(name, learner, loss, run=None):
+        def call():
+            found[name] = (run or (lambda loss: gradients(learner, loss)))(loss)
+
+        return call
+
+    calls = {
+        "authors": step("authors", learner, lambda: baseline.loss(case.images, case.labels)),
+        "ours": step("ours", learner, lambda: backbone_loss(learner, case.images, case.labels), prompted and side),
+        "bf16": step("bf16", halved, lambda: backbone_loss(halved, half.images, half.labels)),
+        "encode": case.encode,
+        "cached": step("cached", learner, lambda: backbone_loss(learner, images[case], case.labels)),
+        "cached bf16": step("cached bf16", halved, lambda: backbone_loss(halved, images[half], half.labels)),
+    }
+    if backbone == "coop" or not quick:
+        calls["base"] = step("base", learner, lambda: base_loss(learner, case.images, case.hard_labels))
+        calls["new"] = step("new", learner, lambda: case.new_phase_loss(learner, case.images))
+        calls["new cached"] = step("new cached", learner, lambda: case.new_phase_loss(
+            learner, case.images if prompted else case.f, case.f))  # fmt: skip
+    if prompted and not pair:
+        del calls["cached"], calls["cached bf16"]  # MaPLe's cached pixels save the loaders' work alone
+    costs = case.meter(calls)
+
+    differences = {f"{backbone}: loss and gradients": difference(found["ours"], found["authors"])}
     with torch.no_grad():
         few = learner.text_features(case.classes)
     differences[f"{backbone}: candidates' text features"] = difference([few], [baseline.g.detach()[case.classes]])
 
-    ratios = {
-        f"{backbone}_step": authors[0] / ours[0],
-        f"{backbone}_step_memory": authors[1] / ours[1],
-        f"{backbone}_step_to_image_side": ours[0] / bound,
-    }
-    measured = [
-        (", authors' way", authors, case.plain_steps),
-        ("", ours, case.plain_steps),
-        (", as many steps as MAO's base phase", ours, case.base_steps),
-    ]
-    if with_mao:
-        base = case.step(learner, lambda: base_loss(learner, images, hard_labels))
-        new = case.step(learner, lambda: case.new_phase_loss(learner, images))
-        ratios[f"mao_step_to_{backbone}_step"] = base[0] / ours[0]
-        ratios[f"mao_new_step_to_{backbone}_step"] = new[0] / ours[0]
-        measured += [(" + MAO, base phase", base, case.base_steps), (" + MAO, new phase", new, case.plain_steps)]
+    ratios = {f"{backbone}_step": ratio(costs["authors"], costs["ours"])}
+    ratios[f"{backbone}_step_bf16"] = ratio(costs["authors"], costs["bf16"])
+    ratios[f"{backbone}_bf16_to_fp32"] = ratio(costs["ours"], costs["bf16"])
+    if prompted:
+        bound = Cost(side.seconds[-case.meter.turns :], 0)
+        if pair:  # the frozen image features that its losses take
+            bound = Cost([a + b for a, b in zip(bound.seconds, costs["encode"].seconds)], 0)
+    else:
+        bound = costs["encode"]
+    ratios[f"{backbone}_step_to_image_side"] = ratio(costs["ours"], bound)
+    if pair:
+        ratios[f"{backbone}_step_to_cached_step"] = ratio(costs["ours"], costs["cached"])
+        ratios[f"{backbone}_step_cached_bf16"] = ratio(costs["authors"], costs["cached bf16"])
+    if "base" in costs:
+        ratios[f"mao_step_to_{backbone}_step"] = ratio(costs["base"], costs["ours"])
+        ratios[f"mao_new_step_to_{backbone}_step"] = ratio(costs["new"], costs["ours"])
+        ratios[f"mao_new_step_cached_to_{backbone}_step"] = ratio(costs["new cached"], costs["ours"])
+    shown = {"authors": ", authors' way", "ours": "", "bf16": ", bf16", "cached": ", cached views",
+             "cached bf16": ", bf16 and cached views", "base": " + MAO, base phase", "new": " + MAO, new phase",
+             "new cached": " + MAO, new phase, cached views"}  # fmt: skip
     name, parameters = BACKBONES[backbone].__name__, sum(p.numel() for p in learner.parameters())
-    rows = [row(name + what, parameters, cost, steps) for what, cost, steps in measured]
+    rows = [
+        row(name + what, parameters, costs[key], case.base_steps if key == "base" else case.plain_steps)
+        for key, what in shown.items()
+        if key in costs
+    ]
     return rows, ratios, differences
 
 
 def row(name, parameters, cost, steps):
-    seconds, mib = cost
-    return {"row": name, "learnable": parameters, "mib": mib, "step": seconds, "steps": steps}
+    return {"row": name, "learnable": parameters, "mib": cost.mib, "step": cost.least, "spread": cost.spread,
+            "steps": steps}  # fmt: skip
 
 
-def bench_coop(case, authors_step):
-    """(rows, ratios) of CoOp alone: its text side by itself, and steps on cached views of the images.
-
-    authors_step: seconds of its step the authors' way.
-    """
-    learner = BACKBONES["coop"](case.model, case.classnames)
-    baseline = Baseline(learner)
-    g = torch.randn(51, case.f.shape[1], device=case.device)
-    authors_text, _ = case.step(learner, lambda: (baseline.text_features() * g).sum())
-    all_text, _ = case.step(learner, lambda: (learner.text_features() * g).sum())
-    ratios, rows = {"text_all_classes": authors_text / all_text}, []
-    for ratio, few in (("text_candidates", case.classes), ("text_32_candidates", torch.arange(32))):
-        few_text, _ = case.step(learner, lambda few=few: (learner.text_features(few) * g[few]).sum())
-        ratios[ratio] = authors_text / few_text
-
-    encoding = case.encode * 51 * SHOTS * VIEWS / BATCH  # seconds, of all views, once per phase
-    phases = [
-        ("", "cached_views_coop", lambda: backbone_loss(learner, case.f, case.labels), 2 * EPOCHS * case.plain_steps),
-        (" + MAO, base phase", "cached_views_phase", lambda: base_loss(learner, case.f, case.hard_labels),
-         EPOCHS * case.base_steps),
-        (" + MAO, new phase", "cached_views_new_phase", lambda: case.new_phase_loss(learner, case.f),
-         EPOCHS * case.plain_steps),
-    ]  # fmt: skip
-    for what, ratio, loss, steps in phases:
-        seconds, mib = case.step(learner, loss)
-        ratios[ratio] = steps * authors_step / (encoding + steps * seconds)
-        name = f"CoOp{what}, {VIEWS} cached views (their encoding spread over the phase)"
-        per_epoch = case.base_steps if ratio == "cached_views_phase" else case.plain_steps
-        rows.append(row(name, learner.ctx.numel(), (seconds + encoding / steps, mib), per_epoch))
-    return rows, ratios
+def bench_coop(case, half):
+    """Ratios of CoOp alone: its text side by itself, and its phases on cached views, their encoding included."""
+    learner, halved = case.learner("coop"), half.learner("coop")
+    baseline, g = Baseline(learner), torch.randn(51, case.f.shape[1], device=case.device)
+    few = torch.arange(min(32, case.batch))
+    costs = case.meter({
+        "authors": lambda: gradients(learner, lambda: baseline.loss(case.images, case.labels)),
+        "authors' text": lambda: gradients(learner, lambda: (baseline.text_features() * g).sum()),
+        "text": lambda: gradients(learner, lambda: (learner.text_features() * g).sum()),
+        "candidates": lambda: gradients(learner, lambda: (learner.text_features(case.classes) * g[case.classes]).sum()),
+        "32 candidates": lambda: gradients(learner, lambda: (learner.text_features(few) * g[few]).sum()),
+        "encode": case.encode,
+        "encode bf16": half.encode,
+        "plain": lambda: gradients(learner, lambda: backbone_loss(learner, case.f, case.labels)),
+        "base": lambda: gradients(learner, lambda: base_loss(learner, case.f, case.hard_labels)),
+        "new": lambda: gradients(learner, lambda: case.new_phase_loss(learner, case.f)),
+        "base bf16": lambda: gradients(halved, lambda: base_loss(halved, half.f, half.hard_labels)),
+    })  # fmt: skip
+    ratios = {
+        "text_all_classes": ratio(costs["authors' text"], costs["text"]),
+        "text_candidates": ratio(costs["authors' text"], costs["candidates"]),
+        "text_32_candidates": ratio(costs["authors' text"], costs["32 candidates"]),
+    }
+    phases = {  # what a step is, how the views are encoded, how many steps a phase has
+        "cached_views_coop": ("plain", "encode", 2 * EPOCHS * case.plain_steps),
+        "cached_views_phase": ("base", "encode", EPOCHS * case.base_steps),
+        "cached_views_phase_bf16": ("base bf16", "encode bf16", EPOCHS * case.base_steps),
+        "cached_views_new_phase": ("new", "encode", EPOCHS * case.plain_steps),
+    }
+    views = 51 * SHOTS * VIEWS / case.batch  # batches of them, once per phase
+    for name, (step, encode, steps) in phases.items():
+        ours = [a * views + b * steps for a, b in zip(costs[encode].seconds, costs[step].seconds)]
+        ratios[name] = ratio(Cost([steps * one for one in costs["authors"].seconds], 0), Cost(ours, 0))
+    return ratios
 
 
 def bench_classes(case, backbones, quick):
     """The text side over the number of classes: a list of lines, {"authors", "plain", "mao"} (seconds, MiB) in each.
 
-    With `quick` the authors' way runs forward only, which understates its memory.
+    With `quick` the authors' way runs forward only, which understates its memory. Each call once: it is memory that
+    is compared here.
     """
-    lines = []
+    lines, once = [], Meter(case.device, 1)
     counts = [10, 50, 100, 200, 1000] if quick else [10, 50, 100, 200, 500, 1000]
     for count in tqdm(counts, "text side"):
         for backbone in [name for name in ("coop", "maple") if name in backbones]:
             learner = BACKBONES[backbone](case.model, names(count))
             few = torch.arange(min(count, len(case.classes)), device=case.device)  # as many as the batch above has
-            line = {"backbone": backbone, "classes": count, "authors": None, "plain": None}
-            least = 100 if quick else 0
-            if backbone == "coop" and least <= count <= 200:
+            calls = {"mao": lambda t=learner, few=few: t.text_features(few).sum().backward()}
+            if backbone == "coop" and (100 if quick else 0) <= count <= 200:
                 baseline = Baseline(learner)
-                if quick:
-                    line["authors"] = case.measure(baseline.text_features)
-                else:
-                    line["authors"] = case.measure(lambda b=baseline: b.text_features().sum().backward())
-                del baseline
+                calls["authors"] = baseline.text_features
+                if not quick:
+                    calls["authors"] = lambda b=baseline: b.text_features().sum().backward()
             if backbone == "coop" or count <= 50 or not quick:
-                line["plain"] = case.measure(lambda t=learner: t.text_features().sum().backward())
-            line["mao"] = case.measure(lambda t=learner, few=few: t.text_features(few).sum().backward())
-            lines.append(line)
+                calls["plain"] = lambda t=learner: t.text_features().sum().backward()
+            costs = once(calls)
+            found = {key: (costs[key].least, costs[key].mib) if key in costs else None
+                     for key in ("authors", "plain", "mao")}  # fmt: skip
+            lines.append({"backbone": backbone, "classes": count, **found})
     return lines
 
 
 def matmul_rates(case):
-    """(the device's operations per second in matrix multiplication, the share of them that encoding images reaches)."""
+    """(the device's operations per second in matrix multiplication, the share of them that encoding images reaches,
+    images encoded per second).
+    """
     visual = case.model.visual
     width, layers, tokens = visual.conv1.out_channels, visual.transformer.layers, len(visual.positional_embedding)
     blocks = tokens * 12 * width**2 * layers  # multiplications of an image's tokens with weights
     attention = 2 * tokens**2 * width * layers
     patches = (tokens - 1) * visual.conv1.weight.numel()
-    operations = 2 * BATCH * (blocks + attention + patches)
+    operations = 2 * case.batch * (blocks + attention + patches)
     a = torch.randn(2048, 2048, device=case.device)
-    rate = 2 * 2048**3 / Meter(case.device, 5)(lambda: a @ a)[0]
-    return rate, operations / case.encode / rate
+    costs = case.meter({"multiply": lambda: a @ a, "encode": case.encode})
+    rate, encode = 2 * 2048**3 / costs["multiply"].least, costs["encode"].least
+    return rate, operations / encode / rate, case.batch / encode
 
 
 def bench_table_3(case, backbone):
     """Table 3's rows of a backbone, without and with MAO: those of `row`, with "images_per_second" at test."""
-    torch.manual_seed(1)
-    learner, name = BACKBONES[backbone](case.model, case.classnames), BACKBONES[backbone].__name__
-    # What PromptSRC and CoPrompt compute once per run, not per step: of one template, of one sentence for each class.
-    learner.frozen_text, learner.bank = case.foundation.text_features(), case.foundation.text_features()[None]
+    learner, name = case.learner(backbone), BACKBONES[backbone].__name__
     images = (case.images, case.images) if getattr(learner, "views", 1) == 2 else case.images
-    steps = [
-        (name, lambda: backbone_loss(learner, images, case.labels), case.plain_steps),
-        (f"{name} + MAO, base phase", lambda: base_loss(learner, images, case.hard_labels), case.base_steps),
-    ]
+    steps = {
+        name: (lambda: backbone_loss(learner, images, case.labels), case.plain_steps),
+        f"{name} + MAO, base phase": (lambda: base_loss(learner, images, case.hard_labels), case.base_steps),
+    }
     if not hasattr(learner, "new_phase_refused"):
-        steps.append((f"{name} + MAO, new phase", lambda: case.new_phase_loss(learner, case.images), case.plain_steps))
+        steps[f"{name} + MAO, new phase"] = (lambda: case.new_phase_loss(learner, case.images), case.plain_steps)
     with torch.no_grad():
         scores = scorer(learner)
-        seconds, _ = case.measure(lambda: scores(case.images))
+
+    def at_test():
+        with torch.no_grad():
+            scores(case.images)
+
+    calls = {what: lambda loss=loss: gradients(learner, loss) for what, (loss, _) in steps.items()}
+    costs = case.meter({**calls, "at test": at_test})
     parameters = sum(p.numel() for p in learner.parameters())
-    rows = [row(what, parameters, case.step(learner, loss), count) for what, loss, count in steps]
-    return [{**found, "images_per_second": BATCH / seconds} for found in rows]
+    rows = [row(what, parameters, costs[what], count) for what, (_, count) in steps.items()]
+    return [{**found, "images_per_second": case.batch / costs["at test"].least} for found in rows]
 
 
 def show_table_3(rows):
@@ -364,7 +447,7 @@ def show_table_3(rows):
         )
 
 
-def describe(case, repeats):
+def describe(case):
     """The machine and what runs on it, a dict."""
     return {
         "processor": platform.machine(),
@@ -372,54 +455,64 @@ def describe(case, repeats):
         "sizes": case.sizes,
         "device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "repeats": repeats,
+        "images a step": case.batch,
+        "turns": case.meter.turns,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def bench(sizes="vit-b/16", device="cpu", quick=True, repeats=1, backbones=tuple(MEASURED)):
+def bench(sizes="vit-b/16", device="cpu", quick=True, turns=3, backbones=tuple(MEASURED)):
     """Everything the command prints, as a dict. `backbones` names those to measure, CoOp among them."""
-    case = Case(sizes, device, Meter(device, repeats))
+    if sizes != "tiny":
+        bench("tiny", device, quick, 2, backbones)  # warms up: libraries load, kernels are chosen
+    batch, meter = QUICK_BATCH if quick else BATCH, Meter(device, turns)
+    case, half = Case(sizes, device, meter, batch), Case(sizes, device, meter, batch, "bf16")
     rows, ratios, differences = [], {}, {}
-    for backbone in tqdm(backbones, "steps"):
-        found = bench_steps(case, backbone, with_mao=backbone == "coop" or not quick)
+    for backbone in tqdm(backbones, "steps", disable=sizes == "tiny"):
+        found = bench_steps(case, half, backbone, quick)
         rows += found[0]
         ratios.update(found[1])
         differences.update(found[2])
-        if backbone == "coop":
-            found = bench_coop(case, rows[0]["step"])
-            rows += found[0]
-            ratios.update(found[1])
+    ratios.update(bench_coop(case, half))
     sweep = bench_classes(case, backbones, quick)
     memory = {line["classes"]: line for line in sweep if line["backbone"] == "coop"}
     at_100, at_200 = memory[100]["authors"][1], memory[200]["authors"][1]
     extrapolated = at_200 + 8 * (at_200 - at_100)  # the authors' way at 1,000 classes
-    ratios["memory_1000_classes"] = extrapolated / memory[1000]["plain"][1]
-    rate, share = matmul_rates(case)
+    rate, share, inference = matmul_rates(case)
     return {
-        "machine": describe(case, repeats),
+        "machine": describe(case),
         "ratios": ratios,
+        "memory_1000_classes": extrapolated / memory[1000]["plain"][1],
+        "impossible": impossible(ratios),
         "rows": rows,
         "sweep": sweep,
         "differences": differences,
         "memory_1000_classes_extrapolated_mib": extrapolated,
-        "inference_images_a_second": BATCH / case.encode,
+        "inference_images_a_second": inference,
         "share_of_matmul_rate": share,
         "matmul_rate": rate,
     }
+
+
+def impossible(ratios):
+    """The names of ratios that cannot be, although they are steady: a step takes at least as long as its image side."""
+    return [
+        name for name, found in ratios.items()
+        if name.endswith("_to_image_side") and found.value < 1 - STEADY and found.spread <= STEADY
+    ]  # fmt: skip
 
 
 def show(found):
     """Prints what `bench` found."""
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
     print(
-        "\n| row | learnable | peak MiB of a step | s per step | steps per epoch | images per epoch | s per epoch |"
+        "\n| row | learnable | peak MiB of a step | s per step | spread | steps per epoch | s per epoch |"
         "\n|---|---|---|---|---|---|---|"
     )
     for row in found["rows"]:
         print(
-            f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} | {row['steps']} "
-            f"| {BATCH * row['steps']:,} | {row['step'] * row['steps']:.1f} |"
+            f"| {row['row']} | {row['learnable']:,} | {row['mib']:,.0f} | {row['step']:.3f} "
+            f"| {100 * row['spread']:.0f}% | {row['steps']} | {row['step'] * row['steps']:.1f} |"
         )
     print(
         f"\ninference: {found['inference_images_a_second']:.1f} images/s, "
@@ -441,20 +534,19 @@ def show(found):
         "\nlargest relative difference from the baseline: "
         + ", ".join(f"{name} {value:.1e}" for name, value in found["differences"].items())
     )
-    print("\n| ratio | |\n|---|---|")
+    print("\n| ratio (spread) | |\n|---|---|")
     for name, value in found["ratios"].items():
-        print(f"| {name} | {value:.2f} |")
+        print(f"| {name} | {value} |")
+    print(f"| memory_1000_classes | {found['memory_1000_classes']:.2f} |")
+    for name in found["impossible"]:
+        print(f"{name} is {found['ratios'][name]}, which cannot be: a step contains its image side; run it again")
 
 
 def main():
     parser = Parser("experiments.bench", __doc__)
-    parser.add_argument("--quick", action="store_true", help="MAO's rows for CoOp only, fewer classes, each call once")
-    parser.add_argument(
-        "--repeats",
-        type=at_least(1),
-        metavar="N",
-        help="calls to take the median of, after one to warm up where there are several (default: 3; quick: 1)",
-    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_BATCH} images a step, MAO's rows for CoOp only")
+    parser.add_argument("--turns", type=at_least(2), default=3, metavar="N", help="of each call; the fastest counts "
+                        "(default: 3)")  # fmt: skip
     parser.add_argument(
         "--backbones", nargs="+", choices=MEASURED, default=MEASURED, help="besides coop (default: all)"
     )
@@ -463,18 +555,19 @@ def main():
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    repeats = args.repeats or (1 if args.quick else 3)
     if args.table3:
-        case = Case(args.sizes, args.device, Meter(args.device, repeats))
+        case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
         rows = [row for backbone in tqdm(BACKBONES, "backbones") for row in bench_table_3(case, backbone)]
-        found = {"machine": describe(case, repeats), "rows": rows}
+        found = {"machine": describe(case), "rows": rows, "impossible": []}
         print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
         show_table_3(rows)
     else:
-        found = bench(args.sizes, args.device, args.quick, repeats, dict.fromkeys(["coop", *args.backbones]))
+        found = bench(args.sizes, args.device, args.quick, args.turns, dict.fromkeys(["coop", *args.backbones]))
         show(found)
     if args.json:
-        write(pathlib.Path(args.json), json.dumps(found, indent=1) + "\n")
+        told = {name: value._asdict() for name, value in found.get("ratios", {}).items()}
+        write(pathlib.Path(args.json), json.dumps({**found, "ratios": told}, indent=1) + "\n")
+    return 1 if found["impossible"] else None
 
 
 if __name__ == "__main__":

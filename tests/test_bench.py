@@ -3,8 +3,11 @@
 import json
 import runpy
 import sys
+import time
 
 import pytest
+
+from experiments import bench
 
 NAMES = [
     "text_all_classes",
@@ -13,7 +16,9 @@ NAMES = [
     "cached_views_phase",
     "maple_step",
     "promptsrc_step",
-    "memory_1000_classes",
+    "coop_step_bf16",
+    "promptsrc_step_cached_bf16",
+    "cached_views_phase_bf16",
     "mao_step_to_coop_step",
     "coop_step_to_image_side",
     "maple_step_to_image_side",
@@ -23,11 +28,12 @@ NAMES = [
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_bench_at_tiny_sizes(quick, tmp_path, monkeypatch, capsys):
-    how = ["--quick"] if quick else ["--repeats", "1"]
+    how = ["--turns", "2", *(["--quick"] if quick else [])]
     monkeypatch.setattr(sys, "argv", ["bench", *how, "--sizes", "tiny", "--json", str(tmp_path / "bench.json")])
     runpy.run_module("experiments.bench", run_name="__main__")
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert set(NAMES) <= set(found["ratios"]) and all(value > 0 for value in found["ratios"].values())
+    assert set(NAMES) <= set(found["ratios"]) and all(one["value"] > 0 for one in found["ratios"].values())
+    assert found["memory_1000_classes"] > 1
     assert len(found["differences"]) == 6 and max(found["differences"].values()) < 1e-4
     text = {(line["backbone"], line["classes"]): line["mao"][1] for line in found["sweep"]}
     assert text["coop", 1000] < 2 * text["coop", 50] + 2  # MiB: flat in the number of classes
@@ -35,9 +41,21 @@ def test_the_bench_at_tiny_sizes(quick, tmp_path, monkeypatch, capsys):
     assert all(name in out for name in NAMES) and ("PromptSRC + MAO, new phase" in out) == (not quick)
 
 
+def test_turns_and_what_is_said_of_them():
+    costs = bench.Meter("cpu", 3)({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.01)})
+    found = bench.ratio(costs["a"], costs["b"])
+    assert found.value == pytest.approx(2, rel=0.2) and len(costs["a"].seconds) == 3
+    steady, unsteady = (
+        bench.ratio(bench.Cost([2.0, 2 + d, 9.0], 0), bench.Cost([1.0, 1.0, 1.0], 0)) for d in (0.2, 0.4)
+    )
+    assert str(steady) == "2.00 (10%)" and str(unsteady).startswith("unsteady: the fastest two turns are 20% apart")
+    shorter = bench.Ratio(0.5, 0.01)  # a step that takes half of what its image side takes
+    assert bench.impossible({"coop_step_to_image_side": shorter, "coop_step": shorter}) == ["coop_step_to_image_side"]
+
+
 def test_table_3_has_all_nine(tmp_path, monkeypatch, capsys):
     file = tmp_path / "table3.json"
-    how = ["--table3", "--repeats", "1", "--sizes", "tiny", "--json", str(file)]
+    how = ["--table3", "--turns", "2", "--sizes", "tiny", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["bench", *how])
     runpy.run_module("experiments.bench", run_name="__main__")
     rows = {row["row"]: row for row in json.loads(file.read_text())["rows"]}
