@@ -296,7 +296,8 @@ def with_h(by_seed):
         found["H"] = harmonic_mean(found["Base"], found["New"])
         each["H"] = [harmonic_mean(told["Base"], told["New"]) for told in by_seed]
     spread = {score: statistics.stdev(each[score]) for score, mean in found.items() if mean is not None and by_seed[1:]}
-    return {score: (mean, spread.get(score)) for score, mean in found.items()}
+    order = sorted(found, key=lambda score: ("Base", "New", "H").index(score) if score in ("Base", "New", "H") else 3)
+    return {score: (found[score], spread.get(score)) for score in order}
 
 
 def papers(made, row, dataset, whole, args):
@@ -347,14 +348,17 @@ def written(name, lines, notes, args):
         table = [["dataset", "row", *(score if kind == "ours" else f"{kind}: {score}" for kind, score in columns)]]
         for (dataset, row), found in blocks.items():
             table.append([dataset, row, *(shown(found, score, kind) for kind, score in columns)])
-    seeds = f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {', '.join(map(str, args.seeds))}"
-    about = [seeds if len(args.seeds) == 1 else f"{seeds}: mean ± standard deviation"]
+    about = [seeds_told(args) if len(args.seeds) == 1 else f"{seeds_told(args)}: mean ± standard deviation"]
     if "paper" in kinds:
         about.append("the paper's figures are of its own datasets" if args.demo else "difference: ours - paper")
     if not made.each and lines[0]["dataset"] == "average":
         about.append("figures.csv has each dataset")
     text = [f"### {made.title}", "", "; ".join(about), "", *aligned(table), "", *(printable(note) for note in notes)]
     return "\n".join(text).rstrip() + "\n"
+
+
+def seeds_told(args):
+    return f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {', '.join(map(str, args.seeds))}"
 
 
 def shown(found, score, kind):
@@ -366,6 +370,8 @@ def shown(found, score, kind):
         return value or ("-" if kind == "ours" else "")
     if kind == "difference":
         return f"{value:+.2f}"
+    if isinstance(value, int):  # a number of parameters
+        return f"{value:,}"
     text = f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
     if kind == "ours":
         text += f" ± {line['spread']:.2f}" if line["spread"] is not None else ""
@@ -466,15 +472,13 @@ def wanted(args):
     return [part for name in names for part in (["fig4-left", "fig4-right"] if name == "fig4" else [name])]
 
 
-def run_cells(todo, out, args):
-    """Runs cells; returns {cell: why it failed, a sentence}."""
-    failed, device = {}, args.device
+def run_cells(todo, own, out, args):
+    """Runs cells; returns {cell: why it failed, a sentence}. own: those that have a process of their own."""
+    failed, how = {}, (todo, out, args.cpus_per_run, args.device, own)
     if args.serial:
-        outcomes = sweep.serial(todo, out, args.cpus_per_run, device)
+        outcomes = sweep.serial(*how)
     else:
-        outcomes = sweep.on_ray(
-            todo, out, args.cpus_per_run, device, args.gpus_per_run, args.memory_per_run, args.address
-        )
+        outcomes = sweep.on_ray(*how, args.gpus_per_run, args.memory_per_run, args.address)
     for cell, error, warnings in tqdm(outcomes, "cells", len(todo)):
         name = sweep.parsed(cell)[1]
         for warning in dict.fromkeys(warnings):
@@ -489,7 +493,7 @@ def make(names, out, args, failed):
     """Writes and prints the tables, and draws the figures, of finished cells. Returns the figures' files."""
     rows, drawn = [], []
     for name in names:
-        caption = f"{', '.join(args.datasets)}; seeds {', '.join(map(str, args.seeds))}"
+        caption = f"{', '.join(args.datasets)}; {seeds_told(args)}"
         if name in BATCHES:
             for dataset in figures.TWO_DATASETS["demo" if args.demo else "paper"]:
                 drawn.append(out / f"{name}-{dataset}.png")
@@ -581,7 +585,9 @@ def main():
         todo = [cell for cell in cells if sweep.finished(cell, out) is None]
         print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run")
         sweep.clear(out, {sweep.parsed(cell)[1] for cell in todo})
-        failed = run_cells(todo, out, args) if todo else {}
+        own = {cell for name in names if name in MADE and MADE[name].tell in (cost, spent)
+                 for row in cells_of(name, args).values() for cell in row}  # fmt: skip
+        failed = run_cells(todo, own, out, args) if todo else {}
         sweep.clear(out, {sweep.parsed(cell)[1] for cell in failed})
         drawn = make(names, out, args, failed)
         print(f"\nTables and figures are in {out}: *.md, figures.csv{''.join(f', {path.name}' for path in drawn)}")

@@ -8,6 +8,7 @@ killed attempt is adopted by the next one and goes on, to the same bits.
 import contextlib
 import functools
 import io
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import traceback
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 
 import filelock
 
@@ -117,15 +119,23 @@ def clear(out, wanted):
         (out / ATTEMPTS).rmdir()  # where it is empty
 
 
-def serial(cells, out, threads, device):
-    """Yields (cell, error, warnings) of each cell, one after another in this process. cells: tuples of options."""
+def serial(cells, out, threads, device, alone=()):
+    """Yields (cell, error, warnings) of each cell, one after another. cells: tuples of options.
+
+    alone: those that have a process of their own, so that their peak memory is not that of the cells before them.
+    """
     for cell in cells:
-        yield cell, *attempt(cell, out, threads, device)
+        if cell in alone:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                yield cell, *process.submit(attempt, cell, out, threads, device).result()
+        else:
+            yield cell, *attempt(cell, out, threads, device)
 
 
-def on_ray(cells, out, threads, device, gpus=0.0, mib=None, address=None):
+def on_ray(cells, out, threads, device, alone=(), gpus=0.0, mib=None, address=None):
     """Yields (cell, error, warnings) of each cell as it ends, as many at a time as Ray has room for.
 
+    alone: as of `serial`; the other cells go to warm processes, which saves them the imports.
     threads, gpus, mib: what a cell takes: CPUs, GPUs, memory in MiB (None: not counted). address: "host:port" of a
     cluster; None: this machine alone. On a cluster, `out` and the project lie on a disk that all nodes share.
     ValueError: Ray is not installed, the cluster does not answer, or no node has room for a cell.
@@ -142,9 +152,12 @@ def on_ray(cells, out, threads, device, gpus=0.0, mib=None, address=None):
                 f"no node has room for a cell of {threads} CPUs, {gpus} GPUs and {mib or 0:.0f} MiB: lower "
                 "--cpus-per-run, --gpus-per-run or --memory-per-run"
             )
-        resources = {"num_cpus": threads, "num_gpus": gpus, "memory": needs["memory"] or None}
-        task = ray.remote(attempt).options(max_retries=RETRIES, **resources)
-        waiting = {task.remote(cell, out.resolve(), threads, device): cell for cell in cells}
+        resources = {"num_cpus": threads, "num_gpus": gpus, "memory": needs["memory"] or None, "max_retries": RETRIES}
+        warm, own = ray.remote(**resources)(attempt), ray.remote(max_calls=1, **resources)(attempt)
+        waiting = {}
+        for cell in cells:
+            task = own if cell in alone else warm
+            waiting[task.remote(cell, out.resolve(), threads, device)] = cell
         while waiting:
             for reference in ray.wait(list(waiting))[0]:
                 cell = waiting.pop(reference)

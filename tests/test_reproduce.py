@@ -141,7 +141,7 @@ def prompts(out):
 
 def test_cells_run_once_and_one_that_fails_does_not_end_the_others(tmp_path):
     wanted = [tiny("plain", "backbone"), (*tiny("plain", "mao"), "--top-k", "60"), tiny("dusk")]
-    outcomes = list(sweep.serial(wanted, tmp_path, 1, "cpu"))
+    outcomes = list(sweep.serial(wanted, tmp_path, 1, "cpu", alone=wanted[2:]))
     assert [error is None for _, error, _ in outcomes] == [True, False, True]
     assert "top-k is 60" in outcomes[1][1] and "\n" not in outcomes[1][1]
     assert [sweep.finished(cell, tmp_path) is not None for cell in wanted] == [True, False, True]
@@ -214,7 +214,7 @@ def test_a_node_that_dies_loses_no_cell(tmp_path):
         second = cluster.add_node(num_cpus=1, object_store_memory=sweep.STORE)
         outcomes = []
         try:
-            for outcome in sweep.on_ray(wanted, tmp_path / "ray", 1, "cpu", address=cluster.address):
+            for outcome in sweep.on_ray(wanted, tmp_path / "ray", 1, "cpu", wanted[:1], address=cluster.address):
                 outcomes.append(outcome)
                 if len(outcomes) == 1:
                     cluster.remove_node(second, allow_graceful=False)
