@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,8 +220,10 @@ def test_a_node_that_dies_loses_no_cell(tmp_path):
                 if len(outcomes) == 1:
                     cluster.remove_node(second, allow_graceful=False)
         finally:
+            session = cluster.head_node.get_session_dir_path()
             ray.shutdown()
             cluster.shutdown()
+            shutil.rmtree(session, ignore_errors=True)
     assert sorted(cell for cell, _, _ in outcomes) == sorted(wanted)  # each once
     assert [cell for cell, error, _ in outcomes if error] == [wanted[-1]]
     list(sweep.serial(wanted, tmp_path / "serial", 1, "cpu"))
