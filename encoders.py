@@ -178,7 +178,7 @@ def in_precision(clip_model, dtype):
             for weight in (module.in_proj_weight, module.in_proj_bias):
                 weight.data = weight.to(dtype)
     for owner, name in ((clip_model, "text_projection"), (clip_model.visual, "proj")):
-        if hasattr(owner, name):  # a ResNet has no proj
+        if getattr(owner, name, None) is not None:  # a ResNet has no proj
             getattr(owner, name).data = getattr(owner, name).to(dtype)
     return clip_model
 

@@ -212,7 +212,7 @@ def precision_told(args):
     """One line: in which precision CLIP runs, and whether another one would be faster here."""
     told = f"precision: {args.precision} on the {'GPU' if args.device == 'cuda' else 'CPU'}"
     if args.device == "cpu" and args.precision == "fp32" and args.clip != "demo" and cpu_has_bf16():
-        told += "; this CPU has bf16, which is about twice as fast: --precision bf16 (docs/speed.md)"
+        told += "; this CPU has bf16, which is faster: --precision bf16 (docs/speed.md)"
     return told
 
 
