@@ -18,6 +18,7 @@ import sys
 import traceback
 import uuid
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import filelock
 
@@ -79,7 +80,7 @@ def attempt(options, out, threads, device):
             error = f"{out / name} cannot be put into its place: move what is there"
         shutil.rmtree(scratch, ignore_errors=True)
     except SystemExit:
-        error = warned.getvalue().strip().splitlines()[-1]
+        error = (warned.getvalue().strip().splitlines() or ["it ended without a word"])[-1]
     except Exception as failure:  # one cell's failure, of whatever kind, must not end the others
         error = sentence(failure) if isinstance(failure, (ValueError, OSError, MemoryError, RuntimeError)) else None
         if error is None:
@@ -127,7 +128,11 @@ def serial(cells, out, threads, device, alone=()):
     for cell in cells:
         if cell in alone:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                yield cell, *process.submit(attempt, cell, out, threads, device).result()
+                try:
+                    outcome = process.submit(attempt, cell, out, threads, device).result()
+                except BrokenProcessPool:
+                    outcome = "its process was killed: perhaps there is no memory left", []
+            yield cell, *outcome
         else:
             yield cell, *attempt(cell, out, threads, device)
 

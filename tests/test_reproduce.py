@@ -252,3 +252,20 @@ def test_after_a_killed_driver_the_same_command_goes_on(tmp_path):
     assert not any(b"ray::attempt" in path.read_bytes() for path in lock.glob("[0-9]*/cmdline") if path.exists())
     sweep.clear(tmp_path, {name})
     assert sweep.attempt(left[0], tmp_path, 1, "cpu")[0] is None and sweep.finished(left[0], tmp_path)
+
+
+def test_what_cannot_be_drawn_or_was_killed_does_not_end_the_rest(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "fig6", "fig5", "--root", str(tmp_path), "--out", str(tmp_path / "o")])
+    assert reproduce.main() is None
+    told = capsys.readouterr()
+    left_out = [line.split("warning: ")[1].split(" is left out")[0] for line in told.err.splitlines()]
+    assert left_out == [
+        f"{name} of {dataset}" for name in ("fig6", "fig5") for dataset in ("caltech101", "oxford_pets")
+    ]
+    monkeypatch.setattr(sweep, "attempt", die)
+    ((_, error, _),) = sweep.serial([tiny("plain")], tmp_path, 1, "cpu", alone=[tiny("plain")])
+    assert "its process was killed" in error
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
