@@ -55,8 +55,8 @@ def main(arguments=None):
     task = task_of(vars(args), args.download)
     clip_model, sha256 = load_clip_of(vars(args), args.device)
     clip_model = in_precision(clip_model, PRECISIONS[args.precision])
-    print(settings.precision_told(args))
     settings.fit(args, task, clip_model)
+    settings.tell_precision(args)
     zero_shot = ZeroShot(clip_model, task.base_names)
     tests = evaluate.Tests(task, zero_shot, args.device, args.workers)
 

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import pathlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -208,12 +209,12 @@ def parse(arguments=None, description=None):
     return args
 
 
-def precision_told(args):
-    """One line: in which precision CLIP runs, and whether another one would be faster here."""
+def tell_precision(args):
+    """Prints one line, on stderr: in which precision CLIP runs, and whether another one would be faster here."""
     told = f"precision: {args.precision} on the {'GPU' if args.device == 'cuda' else 'CPU'}"
     if args.device == "cpu" and args.precision == "fp32" and args.clip != "demo" and cpu_has_bf16():
         told += "; this CPU has bf16, which is faster: --precision bf16 (docs/speed.md)"
-    return told
+    print(told, file=sys.stderr)
 
 
 def cpu_has_bf16():
