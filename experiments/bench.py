@@ -31,7 +31,7 @@ from encoders import PRECISIONS, ZeroShot, clip, encode_images, frozen_image_fea
 from evaluate import scorer
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
-from record import write
+from record import peak_mib, restart_peak, write
 from rivals import BACKBONES, RIVALS
 from run import inputs
 from sampler import HardNegativeSampler, paper_batch
@@ -157,14 +157,11 @@ class Meter:
         """MiB: what is held now, from where the peak starts anew, or that peak. On a CPU the process's, by Linux."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-            if restart:
-                torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.max_memory_allocated() / 2**20
-        if restart:
+        elif restart:
             ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier calls goes back first
-            pathlib.Path("/proc/self/clear_refs").write_text("5")
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+        if restart:
+            restart_peak()
+        return peak_mib(self.device)
 
 
 def gradients(learner, loss):

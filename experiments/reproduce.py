@@ -418,15 +418,17 @@ def kind_of(cell):
     return args.backbone, args.dataset.startswith("demo")
 
 
-def estimates(cells, out, device):
-    """{cell: (seconds, MiB), or None where nothing is known}, from the finished cells of the kind, or from STEP."""
+def estimates(results, device):
+    """{cell: (seconds, MiB), or None where nothing is known}, from the finished cells of the kind, or from STEP.
+
+    results: {cell: its result, or None}.
+    """
     per_step = {}
-    for cell in cells:
-        result = sweep.finished(cell, out)
+    for cell, result in results.items():
         if result and steps_of(cell):
             per_step.setdefault(kind_of(cell), []).append((result["seconds"] / steps_of(cell), result["peak_mib"] or 0))
     found = {}
-    for cell in cells:
+    for cell in results:
         backbone, on_demo = kind_of(cell)
         known = per_step.get((backbone, on_demo))
         if known:
@@ -442,14 +444,13 @@ def estimates(cells, out, device):
 
 def show_plan(cells, out, args):
     """Prints the cells, their number, what is done, and what the rest will take; runs nothing."""
-    known = estimates(cells, out, args.device)
-    done = [cell for cell in cells if sweep.finished(cell, out)]
+    results = {cell: sweep.finished(cell, out) for cell in cells}
+    known, left = estimates(results, args.device), [cell for cell in cells if not results[cell]]
     for cell in cells:
-        state = "done" if cell in done else "unknown" if known[cell] is None else f"{known[cell][0] / 60:.1f} min"
+        state = "done" if results[cell] else "unknown" if known[cell] is None else f"{known[cell][0] / 60:.1f} min"
         print(f"{state:>10}  {sweep.parsed(cell)[1]}")
-    left = [cell for cell in cells if cell not in done]
     told = [known[cell] for cell in left if known[cell] is not None]
-    print(f"\n{len(cells)} cells, {len(done)} done, {len(left)} to run")
+    print(f"\n{len(cells)} cells, {len(cells) - len(left)} done, {len(left)} to run")
     if left:
         hours = sum(seconds for seconds, _ in told) / 3600
         mib = max([mib for _, mib in told], default=0)
