@@ -22,6 +22,7 @@ with warnings.catch_warnings():
 
 DEMO_WEIGHTS = pathlib.Path(__file__).parent / "assets" / "demo-clip.pt"
 ACTIVATIONS = {"quickgelu": clip.model.QuickGELU, "gelu": torch.nn.GELU}  # OpenAI's, LAION's
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # a checkpoint's entry that holds the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip.", "clip_model.")  # what wrapping a model puts before its keys
 
@@ -57,9 +58,30 @@ def load_clip(name="ViT-B/16", device="cpu", activation=None, head_width=None):
 
 
 def load_clip_of(settings, device, clip=None):
-    """`load_clip` by a run's settings, as config.json and the header of prompts have them. clip: where it is now."""
+    """`load_clip` by a run's settings, in its precision. settings: of config.json, or of the header of prompts, which
+    has no precision (fp32). clip: where it is now.
+    """
     activation, head_width = settings.get("clip_activation"), settings.get("clip_head_width")
-    return load_clip(clip or settings["clip"], device, activation, head_width)
+    clip_model, sha256 = load_clip(clip or settings["clip"], device, activation, head_width)
+    return in_precision(clip_model, PRECISIONS[settings.get("precision") or "fp32"]), sha256
+
+
+@torch.no_grad()
+def in_precision(clip_model, dtype):
+    """Puts the frozen weights that matrices are multiplied by into `dtype`, in place, and returns the model.
+
+    The fast encoders then multiply in that type. Embeddings and layer norms stay as they are.
+    """
+    for module in clip_model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(dtype)
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            for weight in (module.in_proj_weight, module.in_proj_bias):
+                weight.data = weight.to(dtype)
+    for owner, name in ((clip_model, "text_projection"), (clip_model.visual, "proj")):
+        if getattr(owner, name, None) is not None:  # a ResNet has no proj
+            getattr(owner, name).data = getattr(owner, name).to(dtype)
+    return clip_model
 
 
 def load_published(name):

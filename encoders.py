@@ -140,8 +140,8 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     return (layer_norm(visual.ln_post, x[:, 0]).to(visual.proj.dtype) @ visual.proj).to(x.dtype)
 
 
-# What the fast forms are made of. Matrices are multiplied in the type of their weights (`in_precision`); what runs from
-# layer to layer, layer norms and features are float32.
+# What the fast forms are made of. Matrices are multiplied in the type of their weights (`checkpoints.in_precision`);
+# what runs from layer to layer, layer norms and features are float32.
 
 
 def project(block, x):
@@ -160,27 +160,6 @@ def finish(block, x, attended):
 def layer_norm(norm, x):
     """LayerNorm in the type of x, where clip's own casts to float32."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@torch.no_grad()
-def in_precision(clip_model, dtype):
-    """Puts the frozen weights that matrices are multiplied by into `dtype`, in place, and returns the model.
-
-    The fast encoders then multiply in that type. Embeddings and layer norms stay as they are.
-    """
-    for module in clip_model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
-        elif isinstance(module, nn.MultiheadAttention):
-            for weight in (module.in_proj_weight, module.in_proj_bias):
-                weight.data = weight.to(dtype)
-    for owner, name in ((clip_model, "text_projection"), (clip_model.visual, "proj")):
-        if getattr(owner, name, None) is not None:  # a ResNet has no proj
-            getattr(owner, name).data = getattr(owner, name).to(dtype)
-    return clip_model
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from checkpoints import load_clip_of
 from cli import printable
 from data import task_of
-from encoders import PRECISIONS, ZeroShot, in_precision
+from encoders import ZeroShot
 from images import Images, loader, model_input, test_transform
 from mao import similarity_logits
 from record import (
@@ -217,7 +217,6 @@ def score_again(folder, device, workers=0, root=None, clip=None, threads=None):
         clip_model, sha256 = load_clip_of(config, device, clip)
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} cannot be scored: {error}") from error
-    clip_model = in_precision(clip_model, PRECISIONS[config.get("precision") or "fp32"])
     for names, known in ((task.base_names, config["classnames"]), (task.new_names, config.get("new_classnames"))):
         if known is not None and names != known:
             raise ValueError(

@@ -47,7 +47,8 @@ CONFIG = HEADER | {  # config.json: HEADER's keys, and these
                      "insert_before", "prompts", "cache_views", "base_epochs", "new_epochs", "base_batch_size",
                      "new_batch_size"), Count | None),
     **dict.fromkeys(("lr", "confidence", "base_lr", "new_lr", "momentum", "weight_decay", "warmup_lr"), Real | None),
-    "workers": Index, "eval": None, "crop_scale": tuple[Real, Real], "optimizer": dict[str, str | Real | None | dict],
+    "workers": Index, "image_memory": Index, "eval": None,
+    "crop_scale": tuple[Real, Real], "optimizer": dict[str, str | Real | None | dict],
     "training_images": Sha256, "test_images": Sha256, "templates": dict[str, str], "versions": dict[str, str | None],
 }  # fmt: skip
 RESULT = {  # result.json; of cross-dataset also each dataset's accuracy, by its name

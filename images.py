@@ -242,6 +242,38 @@ class Images(Dataset):
         return image, (index if self.labels is None else self.labels[index])
 
 
+class KeptImages:
+    """A reader that keeps the images it has decoded, up to `mib` MiB for all workers together, in half of what is free.
+
+    Few-shot images are few, and read again and again. paths: what will be read. Workers that are forked (Linux) share
+    what is decoded here beforehand; others (macOS, Windows) each keep their own share.
+    """
+
+    def __init__(self, read, paths, mib, workers):
+        self.read, self.room, self.workers, self.kept = read, min(mib, free_mib() / 2) * 2**20, workers, {}
+        if workers and torch.multiprocessing.get_start_method() == "fork":
+            for path in paths:
+                with contextlib.suppress(UnreadableImage):  # it is told where its batch is loaded
+                    self(path)
+                if path not in self.kept:
+                    break
+            self.room = 0
+
+    def __call__(self, path):
+        """The image, as of `read`; it is not to be changed in place."""
+        image = self.kept.get(path)
+        if image is None:
+            image = self.read(path)
+            size = 4 * image.width * image.height  # bytes that Pillow takes for RGB
+            if size <= self.room:
+                self.kept[path], self.room = image, self.room - size
+        return image
+
+    def __getstate__(self):
+        """For a worker that is not forked: its share of the room, and nothing kept yet."""
+        return {**vars(self), "kept": {}, "room": self.room / max(1, self.workers)}
+
+
 class CachedViews(Dataset):
     """V augmented views of each image of an `Images`, made once and kept in memory.
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import settings
 from encoders import frozen_image_features
-from images import CachedViews, model_input, training_loader
+from images import CachedViews, KeptImages, model_input, training_loader
 
 
 class Phase:
@@ -22,6 +22,7 @@ class Phase:
         self.name, self.recipe, self.learner, self.record = name, recipe, learner, record
         self.device = args.device
         number = {"base": 1, "new": 2}[name]
+        dataset.read = KeptImages(dataset.read, dataset.paths, args.image_memory, args.workers)
         if args.cache_views:
             frozen = name == "new" or not learner.prompts_images or getattr(learner, "uses_frozen_features", False)
 

@@ -41,6 +41,7 @@ COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside th
 ELSEWHERE = [
     "out",
     "workers",
+    "image_memory",
     "download",
     "device",
     "threads",

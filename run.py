@@ -25,7 +25,7 @@ import settings
 from checkpoints import load_clip_of
 from cli import end, printable, warn
 from data import task_of
-from encoders import PRECISIONS, ZeroShot, in_precision
+from encoders import ZeroShot
 from images import (
     Images,
     ShuffledBatches,
@@ -54,7 +54,6 @@ def main(arguments=None):
     torch.set_num_threads(args.threads)
     task = task_of(vars(args), args.download)
     clip_model, sha256 = load_clip_of(vars(args), args.device)
-    clip_model = in_precision(clip_model, PRECISIONS[args.precision])
     settings.fit(args, task, clip_model)
     settings.tell_precision(args)
     zero_shot = ZeroShot(clip_model, task.base_names)

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 import demo
-from checkpoints import ACTIVATIONS
+from checkpoints import ACTIVATIONS, PRECISIONS
 from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, NEW_PHASE, PROTOCOLS
-from encoders import PRECISIONS
 from formats import SENTENCES, read_json
 from images import default_workers
 from record import ELSEWHERE
@@ -151,6 +150,8 @@ def add_machine(add):
         help="default: cuda where there is one")  # fmt: skip
     add("--workers", type=at_least(0, 1000), metavar="N", help="load images (default: one per core, at most 8; demo: "
         "none)")  # fmt: skip
+    add("--image-memory", type=at_least(0, 10**9), default=1024, metavar="MIB", help="for decoded training "
+        "images, which are read again and again (default: 1024; 0: decode them anew each time)")  # fmt: skip
     add("--threads", type=at_least(1, 1024), metavar="N", help="of PyTorch on a CPU; other last digits with another "
         "number (default: one per core; demo: 1, docs/speed.md)")  # fmt: skip
     add("--out", default="runs", metavar="DIR", help="each row leaves a folder there (default: runs)")

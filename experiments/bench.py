@@ -18,17 +18,21 @@ import json
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from checkpoints import PRECISIONS, in_precision
 from cli import Parser, at_least, end
-from encoders import PRECISIONS, ZeroShot, clip, encode_images, frozen_image_features, in_precision
+from encoders import ZeroShot, clip, encode_images, frozen_image_features
 from evaluate import scorer
+from images import FolderReader, Images, KeptImages, loader, train_transform
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from record import peak_mib, restart_peak, write
@@ -216,7 +220,7 @@ def difference(ours, theirs):
 class Case:
     """What is measured: a CLIP of random weights, class names, a batch of images, and labels for each kind of step.
 
-    precision: of CLIP's matrices, a key of `encoders.PRECISIONS`. batch: images of a step.
+    precision: of CLIP's matrices, a key of `checkpoints.PRECISIONS`. batch: images of a step.
     """
 
     def __init__(self, sizes, device, meter, batch, precision="fp32"):
@@ -444,6 +448,44 @@ def show_table_3(rows):
         )
 
 
+def bench_loader(meter, count=64, pixels=224):
+    """How fast one process makes training images of 500x375 JPEGs: {what: Cost of `count` images}.
+
+    "anew" decodes each time, "kept" is `images.KeptImages`, which must give the same bits; the others are its parts.
+    """
+    rng, transform = np.random.default_rng(0), train_transform(pixels, (0.08, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for number in range(count):  # smooth, with noise: as large as photos of that size are
+            smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
+            noisy = np.clip(np.asarray(smooth) + rng.normal(0, 12, (375, 500, 3)), 0, 255)
+            Image.fromarray(noisy.astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        paths, read = [f"{number}.jpg" for number in range(count)], FolderReader(folder)
+        anew = Images(paths, read, transform, [0] * count)
+        kept = Images(paths, KeptImages(read, paths, 1024, 0), transform, [0] * count)
+        if not all(torch.equal(anew[key][0], kept[key][0]) for key in enumerate(range(count))):
+            raise ValueError("images that are kept are not those that are decoded anew")
+
+        def epoch(images):
+            return lambda: next(iter(loader(images, 0, batch_sampler=[list(enumerate(range(count)))])))
+
+        return meter({
+            "anew": epoch(anew),
+            "kept": epoch(kept),
+            "decoding": lambda: [read(path) for path in paths],
+            "crop, resize, flip": lambda: [transform(kept.read(path)) for path in paths],
+        })  # fmt: skip
+
+
+def show_loader(costs, count=64):
+    """Prints what `bench_loader` found."""
+    print(
+        f"\ntraining images of 500x375 JPEGs, of one process: {count / costs['anew'].least:.0f} a second decoded anew, "
+        f"{count / costs['kept'].least:.0f} kept, ratio {ratio(costs['anew'], costs['kept'])}; milliseconds an image: "
+        + ", ".join(f"{what} {1000 * cost.least / count:.2f}" for what, cost in costs.items())
+    )
+
+
 def describe(case):
     """The machine and what runs on it, a dict."""
     return {
@@ -548,11 +590,16 @@ def main():
         "--backbones", nargs="+", choices=MEASURED, default=MEASURED, help="besides coop (default: all)"
     )
     parser.add_argument("--table3", action="store_true", help="Table 3's columns of all nine, and nothing else")
+    parser.add_argument("--loader", action="store_true", help="how fast training images are loaded, and nothing else")
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.table3:
+    if args.loader:
+        costs = bench_loader(Meter("cpu", max(3, args.turns)))
+        show_loader(costs)
+        found = {"loader": {what: cost._asdict() for what, cost in costs.items()}, "impossible": []}
+    elif args.table3:
         case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
         rows = [row for backbone in tqdm(BACKBONES, "backbones") for row in bench_table_3(case, backbone)]
         found = {"machine": describe(case), "rows": rows, "impossible": []}

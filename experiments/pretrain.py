@@ -50,12 +50,12 @@ def contrastive_loss(model, images, captions, tokens):
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-def pretrain(path, steps=2500, pairs=128, seed=0):
+def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
     """Trains a `clip.model.CLIP` contrastively on the world and writes its weights, in half precision, to `path`.
 
     pairs: of an image and a caption, per step. OSError: `path` cannot be written.
     """
-    torch.set_num_threads(2)  # the weights' bits depend on it
+    torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model = clip.model.CLIP(128, demo.SIZE, 4, 128, 8, 77, 49408, 128, 2, 4)
     whole_embedding = model.token_embedding
@@ -104,8 +104,11 @@ def main():
         "--out", default=DEMO_WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all draws (default: 0)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=2, metavar="N", help="which the bits depend on (default: 2)"
+    )
     args = parser.parse_args()
-    pretrain(args.out, args.steps, seed=args.seed)
+    pretrain(args.out, args.steps, seed=args.seed, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,12 @@ def test_turns_and_what_is_said_of_them():
     assert bench.impossible({"coop_step_to_image_side": shorter, "coop_step": shorter}) == ["coop_step_to_image_side"]
 
 
+def test_the_loader(capsys):
+    costs = bench.bench_loader(bench.Meter("cpu", 2), count=4)  # which compares the bits
+    bench.show_loader(costs, count=4)
+    assert costs["kept"].least < costs["anew"].least and "a second decoded anew" in capsys.readouterr().out
+
+
 def test_table_3_has_all_nine(tmp_path, monkeypatch, capsys):
     file = tmp_path / "table3.json"
     how = ["--table3", "--turns", "2", "--sizes", "tiny", "--json", str(file)]

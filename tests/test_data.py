@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import pickle
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import demo
@@ -103,6 +105,31 @@ def test_augmentation_does_not_depend_on_workers():
     for epoch in (1, 2):
         assert torch.equal(epochs[0, epoch], epochs[1, epoch]) and torch.equal(epochs[0, epoch], epochs[2, epoch])
     assert not torch.equal(epochs[0, 1], epochs[0, 2])
+
+
+def test_decoded_images_are_kept_within_the_memory_given(tmp_path, monkeypatch):
+    """The same bits, each image decoded once, in this process, in forked workers and in others."""
+    for number in range(6):
+        Image.radial_gradient("L").rotate(number).save(tmp_path / f"{number}.png")  # 256 x 256, decoded 0.25 MiB
+    paths, decoded = [f"{number}.png" for number in range(6)], []
+
+    def read(path):
+        decoded.append(path)
+        return images.FolderReader(tmp_path)(path)
+
+    transform, found = images.train_transform(32, (0.3, 1)), {}
+    for mib, workers, times in ((0, 0, [2] * 6), (1, 0, [1] * 4 + [2] * 2), (9, 0, [1] * 6), (1, 2, [1] * 5 + [0])):
+        decoded.clear()
+        dataset = images.Images(paths, images.KeptImages(read, paths, mib, workers), transform)
+        for epoch in range(2):
+            batches = images.loader(dataset, workers, batch_sampler=[[(index, epoch) for index in range(6)]])
+            found.setdefault(epoch, []).append(next(iter(batches))[0])
+        assert [decoded.count(path) for path in paths] == times, (mib, workers)  # those of a worker are not counted
+    assert all(torch.equal(one, other[0]) for other in found.values() for one in other)
+    assert not torch.equal(found[0][0], found[1][0])
+    monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda: "spawn")  # macOS's
+    kept = pickle.loads(pickle.dumps(images.KeptImages(images.FolderReader(tmp_path), paths, 1, 2)))
+    assert [kept(path).size for path in paths] == [(256, 256)] * 6 and list(kept.kept) == paths[:2]  # its share
 
 
 def test_loading_leaves_the_global_generator_alone():
