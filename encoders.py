@@ -148,12 +148,15 @@ def project(block, x):
     """Queries, keys and values of a transformer block: x [..., T, w] -> three of [..., heads, T, w/heads]."""
     weight = block.attn.in_proj_weight
     qkv = F.linear(layer_norm(block.ln_1, x).to(weight.dtype), weight, block.attn.in_proj_bias)
+    if not qkv.is_cuda:
+        qkv = qkv.to(x.dtype)  # a CPU's attention in bfloat16 takes 15 times as long to differentiate
     return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
 
 
 def finish(block, x, attended):
     """The rest of a block: x [..., T, w] and what its tokens attended to [..., heads, T, w/heads] -> [..., T, w]."""
-    x = x + block.attn.out_proj(attended.transpose(-2, -3).flatten(-2))
+    out = block.attn.out_proj
+    x = x + out(attended.transpose(-2, -3).flatten(-2).to(out.weight.dtype))
     return x + block.mlp(layer_norm(block.ln_2, x).to(block.mlp.c_fc.weight.dtype))
 
 

@@ -59,7 +59,7 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
 
 
 @torch.no_grad()
-def hold(learner, classnames):
+def encode_names(learner, classnames):
     """Puts a learner before class names, and returns their text features g [C, d] where they are many, else None.
 
     Many names are encoded a thousand at a time, so that memory does not grow with them; the learner then holds the last
@@ -94,7 +94,7 @@ class ImagesOrTroubles(Images):
 def predict(learner, batches, device="cpu", g=None):
     """Yields, batch by batch, the probabilities [B, C] of the classes (Eq. 3), and what is wrong with each image or "".
 
-    batches: a loader of an `ImagesOrTroubles`. g: of `hold`.
+    batches: a loader of an `ImagesOrTroubles`. g: of `encode_names`.
     """
     logits = scorer(learner, g)
     for images, wrong in tqdm(batches, unit="batch"):
@@ -172,7 +172,7 @@ def main():
     args = arguments()
     classes = read_names(args.classes)
     learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
-    g = hold(learner, classes)
+    g = encode_names(learner, classes)
     if args.export is not None:
         export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution, g)
         print(printable(f"{len(classes)} classes in {args.export}"))

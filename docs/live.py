@@ -21,6 +21,7 @@ import run
 import settings
 from checkpoints import load_clip_of
 from encoders import ZeroShot, clip
+from experiments.figures import mean_similarity
 from images import Images, ShuffledBatches, augmentation_seed, model_input, test_transform, train_transform
 from mao import candidates, similarity_logits
 from pseudolabel import PseudoLabeler
@@ -176,11 +177,6 @@ def neighbors(live):
     out = sorted(set(range(len(live.names))) - set(nearest.tolist()), key=lambda c: -cosine[anchor, c])
     rows.append(("not taken", live.names[out[0]], f"{cosine[anchor, out[0]]:.3f}"))
     return figure, table(rows, ("", f"nearest to '{live.names[anchor]}'", "cosine"))
-
-
-def mean_similarity(names):
-    cosine = similarity(sorted(set(names)))
-    return cosine[~np.eye(len(cosine), dtype=bool)].mean()
 
 
 def batches(live):

@@ -209,6 +209,11 @@ class ImageSide:
         return found[:1] + [parameter.grad for parameter in self.learner.parameters()]
 
 
+def weights_mib(clip_model):
+    """MiB of a CLIP's weights."""
+    return sum(parameter.nbytes for parameter in clip_model.parameters()) / 2**20
+
+
 def difference(ours, theirs):
     """The largest relative difference between two lists of tensors."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs))
@@ -527,6 +532,7 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, turns=3, backbones=tuple(M
         "sweep": sweep,
         "differences": differences,
         "memory_1000_classes_extrapolated_mib": extrapolated,
+        "weights_mib": {"fp32": weights_mib(case.model), "bf16": weights_mib(half.model)},
         "inference_images_a_second": inference,
         "share_of_matmul_rate": share,
         "matmul_rate": rate,
@@ -573,6 +579,7 @@ def show(found):
         "\nlargest relative difference from the baseline: "
         + ", ".join(f"{name} {value:.1e}" for name, value in found["differences"].items())
     )
+    print("\nCLIP's weights: " + ", ".join(f"{kind} {mib:,.0f} MiB" for kind, mib in found["weights_mib"].items()))
     print("\n| ratio (spread) | |\n|---|---|")
     for name, value in found["ratios"].items():
         print(f"| {name} | {value} |")

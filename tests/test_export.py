@@ -80,11 +80,11 @@ def test_many_names_are_encoded_a_few_at_a_time(backbone, tuned, monkeypatch):
     _, learner = tuned(backbone)
     monkeypatch.setattr(predict, "MANY", 2)
     if backbone in ("cocoop", "dept", "proda"):  # score in their own way
-        assert predict.hold(learner, NAMES) is None
+        assert predict.encode_names(learner, NAMES) is None
     else:
         with torch.no_grad():
             whole = learner.text_features()
-        assert torch.allclose(predict.hold(learner, NAMES), whole, atol=1e-6) and len(whole) == len(NAMES) > 2
+        assert torch.allclose(predict.encode_names(learner, NAMES), whole, atol=1e-6) and len(whole) == len(NAMES) > 2
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
