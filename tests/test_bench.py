@@ -42,12 +42,12 @@ def test_the_bench_at_tiny_sizes(quick, tmp_path, monkeypatch, capsys):
 
 
 def test_turns_and_what_is_said_of_them():
-    costs = bench.Meter("cpu", 3)({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.01)})
+    costs = bench.Meter("cpu", 3)({"a": lambda: sum(range(2_000_000)), "b": lambda: sum(range(1_000_000))})
     found = bench.ratio(costs["a"], costs["b"])
     assert found.value == pytest.approx(2, rel=0.2) and len(costs["a"].seconds) == 3
-    steady, unsteady = (
-        bench.ratio(bench.Cost([2.0, 2 + d, 9.0], 0), bench.Cost([1.0, 1.0, 1.0], 0)) for d in (0.2, 0.4)
-    )
+    asleep = bench.Meter("cpu", 2)({"a": lambda: time.sleep(0.05)})["a"]  # as while other work has the processor
+    assert asleep.least < 0.02 and min(asleep.clock) >= 0.05
+    steady, unsteady = (bench.ratio(bench.Cost([2.0, 2 + d, 9.0]), bench.Cost([1.0, 1.0, 1.0])) for d in (0.2, 0.4))
     assert str(steady) == "2.00 (10%)" and str(unsteady).startswith("unsteady: the fastest two turns are 20% apart")
     shorter = bench.Ratio(0.5, 0.01)  # a step that takes half of what its image side takes
     assert bench.impossible({"coop_step_to_image_side": shorter, "coop_step": shorter}) == ["coop_step_to_image_side"]
