@@ -5,6 +5,7 @@ Exit codes: 0; 1 where a part was left out (predict.py); 2 with one sentence for
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -83,6 +84,11 @@ def end(name, main):
     What a user can mend is a ValueError or OSError, or a machine that has run out: exit code 2, one sentence, no
     traceback.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, by `>&-`
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
+        with contextlib.suppress(AttributeError):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # letters that the terminal has not
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell sets for jobs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -100,6 +106,10 @@ def end(name, main):
         code, text = 2, sentence(error)
         if text is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # so that the sentence has a line of its own
     print(f"{name}: {printable(text)}", file=sys.stderr)
@@ -121,5 +131,7 @@ def sentence(error):
         )
     if isinstance(error, RuntimeError):
         return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF) and error.filename is None:
+        return f"the output cannot be written ({error.strerror}): make room, or send it elsewhere"
     text = str(error)
     return text if len(text) < 1500 else f"{text[:700]} ... {text[-700:]}"  # a name of thousands of letters

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     catch_early_interrupt()  # the imports below take seconds
 
+import collections
 import csv
 import difflib
 import math
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import demo
 from cli import Parser, at_least, end, printable, warn
 from encoders import as_clip_reads, name_finder
-from formats import NAMES, check, read_json
+from formats import NAMES, check, once, read_json
 from images import FolderReader, find_images, image_paths
 from layouts import (
     LAYOUTS,
@@ -75,8 +76,12 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
     for option, value in (("--names", names), ("--template", template)):
         if value is not None and name != "folder":
             raise ValueError(f"{option} is for --dataset folder, and {name} has its own: leave it out")
-    if template is not None and (template.count("{}") != 1 or template.replace("{}", "").strip("{}") == ""):
-        raise ValueError(f"--template '{template}' needs {{}} once, where the name goes, and words around it")
+    if template is not None:
+        words = template.replace("{}", "")
+        if template.count("{}") != 1 or not words.strip() or "{" in words or "}" in words:
+            raise ValueError(
+                f"--template '{template}' needs {{}} once, where the name goes, words around it, and no other braces"
+            )
     root = pathlib.Path(root)
     if name in DEMOS:
         domain = demo.DEFAULT if name == "demo" else name.removeprefix("demo-")
@@ -142,14 +147,18 @@ def read_folder_names(path):
         if text.lstrip().startswith("{"):
             found = read_json(path, NAMES, advice=advice, option="--names ")
         else:
-            found = check(dict(csv.reader(text.splitlines())), NAMES, (), f"--names {path}", advice)
+            found = check(once(csv.reader(text.splitlines())), NAMES, (), f"--names {path}", advice)
     except OSError as error:
         raise FileNotFoundError(f"cannot read --names {path} ({error.strerror}): {advice}") from error
     except (ValueError, csv.Error) as error:
         raise ValueError(f"--names {path} cannot be read ({error}): {advice}") from error
     if not found:
         raise ValueError(f"--names {path} is empty: {advice}")
-    return {folder.strip(): name.strip() for folder, name in found.items()}
+    found = {folder.strip(): name.strip() for folder, name in found.items()}
+    for name, count in collections.Counter(found.values()).items():
+        if count > 1:
+            raise ValueError(f"--names {path} gives {count} folders the name '{name}': give each class its own")
+    return found
 
 
 def class_names(source):
@@ -425,6 +434,8 @@ def task_of(settings, download=False, kept=None):
     if kept is None:
         look_for_images(task)
     else:
+        if settings.get("test_images", task.test_images()) != task.test_images():
+            raise ValueError("it was scored on other test images than the lists have now: restore the list of images")
         if split is not None:
             tell_what_changed(pathlib.Path(settings["root"]), split)
         leave_out_missing(task)
@@ -432,9 +443,17 @@ def task_of(settings, download=False, kept=None):
 
 
 def tell_what_changed(root, split):
-    """Warns where a folder of one's own no longer holds the images of the split that a run kept."""
+    """Warns where a folder of one's own no longer holds the images of the split that a run kept.
+
+    FileNotFoundError: no such folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: give --root, the folder of the class folders")
     then = {path for items in split.values() for path, _, _ in items}
     now = {path for path in image_paths(root)[0] if os.path.dirname(path)}
+    halves = {"train", "test"}  # of the layout root/train and root/test, where nothing else counts
+    if halves == {path.split("/")[0] for path in then}:
+        now = {path for path in now if path.split("/")[0] in halves}
     if then != now:
         warn(
             f"{root} has changed since the run: {len(now - then)} images are new and {len(then - now)} missing; "
@@ -499,6 +518,10 @@ def target_names(settings):
     for target in settings["targets"]:
         if full_name(target) == source:
             raise ValueError(f"--targets {target} is the source itself: give others")
+    names = [full_name(target) for target in settings["targets"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--targets has {name} twice: give each once")
     return settings["targets"]
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import load_clip_of
-from cli import printable
+from cli import printable, warn
 from data import task_of
 from encoders import ZeroShot
 from images import Images, loader, model_input, test_transform
@@ -166,7 +166,8 @@ def scorer(learner, g=None):
     """A function from images (or features) to the learner's scores at test, logits [B, C] (Eq. 3).
 
     g: the text features of all classes [C, d], where they are there already. Otherwise text is encoded once, here,
-    unless it depends on the image. A learner without `logits` of its own is scored by similarity.
+    unless it depends on the image. A learner without `logits` of its own is scored by similarity. ValueError, of that
+    function: the logits are not finite.
     """
     text_depends_on_image = getattr(learner, "text_depends_on_image", False)
     if g is None and not text_depends_on_image:
@@ -176,8 +177,15 @@ def scorer(learner, g=None):
         f = learner.image_features(images)  # [B, d]
         text = learner.text_features() if text_depends_on_image else g
         if hasattr(learner, "logits"):
-            return learner.logits(f, text)
-        return similarity_logits(f, text, learner.logit_scale)
+            found = learner.logits(f, text)
+        else:
+            found = similarity_logits(f, text, learner.logit_scale)
+        if not found.isfinite().all():
+            raise ValueError(
+                "the scores of the classes are not finite numbers, so there is no highest one: the prompts went too "
+                "far (lower --lr), or the CLIP is broken (get it again)"
+            )
+        return found
 
     return logits
 
@@ -223,8 +231,6 @@ def score_again(folder, device, workers=0, root=None, clip=None, threads=None):
                 f"{folder} was tuned on other classes than {root or config.get('root') or config['dataset']} has now "
                 f"({len(known)}: {', '.join(known[:5])}, ...): restore the data"
             )
-    if not lists and config.get("test_images", task.test_images()) != task.test_images():
-        raise ValueError(f"{folder} was scored on other test images than the split has now: restore the split file")
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None
@@ -237,10 +243,24 @@ def score_again(folder, device, workers=0, root=None, clip=None, threads=None):
         for state in states.values():
             fit_state(learner, state, folder / "config.json")
     scores = score(learner, states, task, Tests(task, zero_shot, device, workers))
-    if result is None:
-        with alone(folder):
+    if result is not None:
+        tell_difference(folder, result, scores)
+    else:
+        with alone(folder.resolve()):
             result = write_result(folder, scores, learner, sum(line["seconds"] for line in metrics), None)
     show(config, [(config["method"], {**result, **scores})], BACKBONES[config["backbone"]].__name__)
+
+
+def tell_difference(folder, result, scores):
+    """Warns where scores are others than the result.json of their folder has, in the digits that are shown."""
+    for name, value in scores.items():
+        there = result.get(name)
+        if isinstance(value, float) and isinstance(there, float | int) and f"{there:.2f}" != f"{value:.2f}":
+            warn(
+                f"{folder}/result.json has {there:.2f} for {name}, and this is {value:.2f}: another machine, fewer "
+                "images, or prompts of another run"
+            )
+            return
 
 
 def build_learner(settings, clip_model, classnames, where):

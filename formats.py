@@ -52,7 +52,8 @@ CONFIG = HEADER | {  # config.json: HEADER's keys, and these
     **dict.fromkeys(("lr", "confidence", "base_lr", "new_lr", "momentum", "weight_decay", "warmup_lr"), Real | None),
     "workers": Index, "image_memory": Index, "eval": None,
     "crop_scale": tuple[Real, Real], "optimizer": dict[str, str | Real | None | dict],
-    "training_images": Sha256, "test_images": Sha256, "templates": dict[str, str], "versions": dict[str, str | None],
+    "training_images": Sha256, "test_images": Sha256, "sentences_sha256": Sha256 | None,
+    "templates": dict[str, str], "versions": dict[str, str | None],
 }  # fmt: skip
 RESULT = {  # result.json; of cross-dataset also each dataset's accuracy, by its name
     **dict.fromkeys(("base", "new", "h", "base_by_final_prompt", "accuracy", "average"), Percent | None),
@@ -87,11 +88,21 @@ def parse(text, where, advice):
         raise ValueError(f"{constant} is not a number")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError(f"{where} is broken (it nests too deeply): {advice}") from error
     except ValueError as error:
         raise ValueError(f"{where} is broken ({error}): {advice}") from error
+
+
+def once(pairs):
+    """A dict of (key, value) pairs. ValueError: a key comes twice, or something is no pair."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"'{key}' is there twice")
+        found[key] = value
+    return found
 
 
 def check(found, kinds, needed, where, advice, others=None):

@@ -166,7 +166,8 @@ class Record:
     finished: the result of these settings that is there already, a dict, or None. state: what a stopped run left, of
     `keep`, or None. resume: go on from it. force: tune again what is there. The finished run then stands aside as
     `<folder>.previous` until this one is finished too.
-    ValueError: the folder holds a run of other settings, or a stopped one and neither resume nor force is said.
+    ValueError: the folder holds a run of other settings, even with force; or a stopped one, and neither resume nor
+    force is said.
     """
 
     def __init__(self, folder, config, resume=False, force=False):
@@ -179,15 +180,24 @@ class Record:
         except OSError as error:
             raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
         if (self.folder / "result.json").exists():
-            self.refuse_others("finished")
+            self.refuse_others(self.folder, "finished")
             if not force:
                 self.finished = read_result(self.folder)
                 return
-            shutil.rmtree(self.previous, ignore_errors=True)
+            if self.previous.is_dir():
+                self.refuse_others(self.previous, "finished")
+                shutil.rmtree(self.previous, ignore_errors=True)
             os.replace(self.folder, self.previous)
             self.folder.mkdir()
-        elif (self.folder / "resume.pt").exists() and not force:
-            self.refuse_others("stopped")
+        elif (self.folder / "resume.pt").exists() and force:
+            try:
+                read_config(self.folder)
+            except (FileNotFoundError, ValueError):
+                pass  # nothing could go on from it
+            else:
+                self.refuse_others(self.folder, "stopped")
+        elif (self.folder / "resume.pt").exists():
+            self.refuse_others(self.folder, "stopped")
             self.state = read_state(self.folder)
             if not resume:
                 raise ValueError(
@@ -195,22 +205,24 @@ class Record:
                     f"of the {self.state['phase']} phase: add --resume to go on from there, or --force to start over"
                 )
             self.metrics, self.seconds = self.state["metrics"], self.state["seconds"]
+            write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
             return
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
         write(self.folder / "config.json", json.dumps({**config, "versions": versions()}, indent=1) + "\n")
 
-    def refuse_others(self, kind):
-        """ValueError: the run in the folder is of other settings: a file that it names has another content now.
+    def refuse_others(self, folder, kind):
+        """ValueError: the run in a folder is of other settings: a file that it names has another content now.
 
         Warns where a stopped run is to go on under other versions, threads or device: its bits may then differ.
         """
-        there, here = read_config(self.folder), json.loads(json.dumps(self.config))
+        advice = "move the folder away" if kind == "finished" else "move the folder away, or add --force to start over"
+        there, here = read_config(folder, advice), json.loads(json.dumps(self.config))
         shared = [key for key in here if key in there and key not in ELSEWHERE]
         differing = [key for key in shared if place(here[key]) != place(there[key])]
         if differing:
             raise ValueError(
-                f"{self.folder} holds a {kind} run of another {', '.join(differing)}: give another --out, or move it"
+                f"{folder} holds a {kind} run of another {', '.join(differing)}: give another --out, or move it"
             )
         other = [key for key in ("device", "threads") if here[key] != there.get(key)]
         if there.get("versions") != versions():
@@ -243,9 +255,11 @@ class Record:
             "metrics": self.metrics,
             "seconds": self.seconds,
         }
+        state["run"] = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
         content = io.BytesIO()
         torch.save(state, content)
-        write(self.folder / "resume.pt", content.getvalue())
+        digest = hashlib.sha256(content.getvalue()).hexdigest()  # torch.load does not see a flipped bit
+        write(self.folder / "resume.pt", digest.encode() + b"\n" + content.getvalue())
 
     def restore(self, learner, optimizer, scaler):
         """Puts back what `keep` kept. ValueError: it does not fit."""
@@ -326,18 +340,18 @@ def read_prompts(path, backbone, clip_sha256):
             f"{header['clip_sha256'][:8]}...: give that one with --clip"
         )
     state = safetensors.torch.load_file(path)
-    if not all(value.is_floating_point() and value.isfinite().all() for value in state.values()):
+    if not all(value.is_floating_point() and value.float().isfinite().all() for value in state.values()):
         raise ValueError(f"the prompts in {path} are not all finite numbers: run the row again")
     return state
 
 
-def read_config(folder):
-    """config.json of a row's folder. FileNotFoundError: not there. ValueError: broken."""
+def read_config(folder, advice=None):
+    """config.json of a row's folder. advice: what to do. FileNotFoundError: not there. ValueError: broken."""
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give a folder of a run, runs/...")
+        raise FileNotFoundError(f"{path} is missing: {advice or 'give a folder of a run, runs/...'}")
     needed = ("dataset", "backbone", "method", "settings", "clip", "clip_sha256", "classnames", "shots", "seed")
-    return read_json(path, CONFIG, needed, "run it again")
+    return read_json(path, CONFIG, needed, advice or "run it again")
 
 
 def read_result(folder):
@@ -383,12 +397,15 @@ def read_lists(folder):
 
 
 def read_state(folder):
-    """resume.pt of a row's folder. ValueError: broken."""
+    """resume.pt of a row's folder. ValueError: broken, or of another run than config.json beside it."""
     path = pathlib.Path(folder) / "resume.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["phase"] not in ("base", "new") or type(state["epoch"]) is not int:
-            raise ValueError("it names no phase and epoch")
+        digest, _, content = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            raise ValueError("its bytes are not those that were written")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if state["run"] != hashlib.sha256((path.parent / "config.json").read_bytes()).hexdigest():
+            raise ValueError("it is of another run than the config.json beside it")
         return state
     except Exception as error:  # torch raises of every kind on a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

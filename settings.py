@@ -14,7 +14,7 @@ from cli import Parser, at_least, warn
 from data import DATASETS, DEMOS, NEW_PHASE, PROTOCOLS
 from formats import SENTENCES, read_json
 from images import default_workers
-from record import ELSEWHERE
+from record import ELSEWHERE, fingerprint
 from rivals import BACKBONES, RIVALS
 from rivals.coprompt import sentence_lists
 from sampler import paper_batch
@@ -38,6 +38,7 @@ RECIPES = {  # section 4.1 and appendix B
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # the authors' release, for every backbone; Adam has the decay alone
 WARMUP_LR = 1e-5  # of the first epoch of a phase: the authors' release, for every backbone
 METHODS = ["zeroshot", "backbone", "mao"]
+OF_EVAL = ["eval", "root", "clip", "device", "workers", "threads"]  # what goes with --eval
 # Each goes to those learners whose class takes it.
 LEARNER_OPTIONS = ["n_ctx", "ctx_init", "depth", "n_ctx_vision", "depth_vision", "insert_before", "prompts"]
 
@@ -175,6 +176,10 @@ def parse(arguments=None, description=None):
     args.changed = {
         name: value for name, value in vars(args).items() if name not in named and value != options.get_default(name)
     }
+    if args.eval:
+        for name, value in vars(args).items():
+            if value != options.get_default(name) and name not in ("changed", *OF_EVAL):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --eval: leave it out")
     on_demo = args.dataset in DEMOS
     if args.workers is None:
         args.workers = 0 if on_demo else default_workers()  # the demo draws images faster than a worker hands them over
@@ -242,6 +247,8 @@ def refuse_without_effect(args):
         without_effect.update(dict.fromkeys(of_new_phase, no_new))
     if args.pseudo_labels != "confident":
         without_effect["confidence"] = f"--pseudo-labels {args.pseudo_labels}"
+    if args.unlabeled and args.pseudo_labels != "balanced":
+        without_effect["unlabeled_shots"] = "--unlabeled, of which all images are taken"
     if args.pseudo_labels == "balanced":
         without_effect["pseudo_label_view"] = "--pseudo-labels balanced, which sees whole images"
     for option, cause in without_effect.items():
@@ -370,6 +377,7 @@ def in_force(row, task, clip_sha256):
         "new_classnames": task.new_names,
         "training_images": task.training_images(),
         "test_images": task.test_images(),
+        "sentences_sha256": None if row.sentences is None else fingerprint(read_sentences(row)),
         "templates": {name: test.template for name, test in task.tests.items()},
         "threads": torch.get_num_threads(),
     }

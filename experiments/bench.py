@@ -17,6 +17,9 @@ threads, which other work on the machine hardly changes. Seconds in the rows are
 if __name__ == "__main__":
     import os
 
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch comes: who waits takes no processor time
 
 import ctypes

@@ -8,6 +8,11 @@ experiments/reproduce.py draws the paper's Figs. 3 to 6, training curves and con
 tones, markers and hatches, so that print without color loses nothing.
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import argparse
 import itertools
 import pathlib

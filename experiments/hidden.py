@@ -7,6 +7,11 @@ A cell is a domain and a seed. It has run.py's three rows, and from the prompts 
 2 in each of the ways below. A cell that is there already is not computed again.
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import json
 import multiprocessing
 import pathlib

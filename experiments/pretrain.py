@@ -7,6 +7,11 @@ Photos are captioned loosely, drawings exactly, and only the six domains of `dem
 often enough for zero-shot, and wrong often enough for prompts to help.
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import io
 import pathlib
 

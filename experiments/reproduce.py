@@ -10,6 +10,11 @@ A cell is a row of run.py for one dataset and one seed. What is done is not done
 As in the paper, Base and New are averaged first, over datasets and seeds, and H is the harmonic mean of the averages.
 """
 
+if __name__ == "__main__":
+    from cli import catch_early_interrupt
+
+    catch_early_interrupt()  # the imports below take seconds
+
 import csv
 import io
 import json

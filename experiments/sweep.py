@@ -78,7 +78,8 @@ def attempt(options, out, threads, device):
             os.rename(scratch / name, out / name)
         if finished(options, out) is None:
             error = f"{out / name} cannot be put into its place: move what is there"
-        shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
     except SystemExit:
         error = (warned.getvalue().strip().splitlines() or ["it ended without a word"])[-1]
     except Exception as failure:  # one cell's failure, of whatever kind, must not end the others

@@ -18,11 +18,11 @@ import images
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("script", ["run.py", "predict.py", "data.py"])
+@pytest.mark.parametrize("script", ["run.py", "predict.py", "data.py", "-m experiments.reproduce"])
 def test_ctrl_c_while_imports_run(script):
     default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a shell's background jobs ignore it
     process = subprocess.Popen(
-        [sys.executable, script, "x"], cwd=PROJECT, stderr=subprocess.PIPE, text=True, preexec_fn=default
+        [sys.executable, *script.split(), "x"], cwd=PROJECT, stderr=subprocess.PIPE, text=True, preexec_fn=default
     )
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
@@ -37,6 +37,17 @@ def test_a_reader_that_goes_away():
     assert done.returncode == 141 and done.stdout.count("\n") == 1 and done.stderr == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+def test_an_output_that_takes_nothing():
+    for where, code, words in (
+        (">&-", 0, ""),
+        (">/dev/full", 2, "the output cannot be written (No space left on device)"),
+    ):
+        ask = f"{sys.executable} data.py demo {where}"
+        done = subprocess.run(["bash", "-c", ask], cwd=PROJECT, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -47,6 +58,8 @@ def test_a_reader_that_goes_away():
         (["--n-ctx", "10" * 7], "is not a whole number of 1 to 1000"),
         (["--cache-views", str(2**63)], "is not a whole number of 1 to 1000"),
         (["--workers", "100000"], "is not a whole number of 0 to 1000"),
+        (["--protocol", "cross-dataset", "--targets", "demo-ice", "demo-ice"], "has demo-ice twice"),
+        (["--unlabeled", "a", "--new-classes", "b", "--unlabeled-shots", "1"], "--unlabeled-shots has no effect with"),
         (["--dataset", "a\x1b[2Jb"], "there is no dataset 'a\\x1b[2Jb'"),
     ],
 )

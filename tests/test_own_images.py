@@ -131,12 +131,18 @@ def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
     assert config["classnames"] == ["red door", "blue door"]
     code, again, err = command("run.py", "--eval", run)
     assert code == 0 and again.splitlines()[3].split() == out.splitlines()[3].split()
+    for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n"):
+        (tmp_path / "names").write_text(text)
+        code, _, err = command(*ask, "--names", tmp_path / "names")
+        assert code == 2 and ("'a' is there twice" in err or "gives 2 folders the name 'x'" in err), err
     (tmp_path / "names").write_text("Red Door,red door\n")
     for options, message in (
         (["--names", tmp_path / "names"], "no name for the class folder"),
         (["--names", "nowhere"], "cannot read --names nowhere"),
         (["--template", "a photo"], "needs {} once"),
         (["--template", "a {} or {}"], "needs {} once"),
+        (["--template", "a {{}} photo"], "and no other braces"),  # which Python would read as the letters {}
+        (["--template", "a {x} of {}"], "and no other braces"),
         (["--dataset", "demo", "--template", "a {}"], "--template is for --dataset folder"),
     ):
         code, _, err = command(*ask, *options)
@@ -237,6 +243,10 @@ def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, c
         ({"image": "nowhere"}, "there is no image or folder nowhere"),
         ({"image": "broken.png"}, "cannot read the image broken.png"),
         ({"--out": "nowhere/x.csv"}, "must be a file in a folder that is there"),
+        ({"--out": "1.png"}, "is the image too, which it would replace"),
+        ({"--out": "./names.txt"}, "is --classes too, which it would replace"),
+        ({"--export": "run/new.safetensors"}, "is --prompt too, which it would replace"),
+        ({"--export": "x.csv"}, "is --export too, which it would replace"),
         ({"--prompt": "run"}, "run is a folder"),
     ],
 )

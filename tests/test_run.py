@@ -1,5 +1,6 @@
 """The command line as a user types it, and what a run leaves behind."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -15,8 +16,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 
 import data
+import demo
 import evaluate
 import images as images_module
 import phase
@@ -357,7 +360,6 @@ def test_the_learning_rate_by_hand():
         (["--backbone", "coprompt"], "coprompt needs sentences on the classes: give --sentences FILE"),
         (["--backbone", "cocoop", "--pseudo-labeler", "tuned"], "--pseudo-labeler tuned has no place with cocoop"),
         (["--backbone", "coprompt", "--cache-views", "2"], "--cache-views has no place with coprompt"),
-        (["--eval", "nowhere"], "config.json is missing"),
     ],
 )
 def test_bad_input_is_one_sentence(tune, arguments, message):
@@ -554,6 +556,104 @@ def test_eval_scores_the_same_images_of_a_folder_that_has_changed(eurosat, comma
     assert code == 0 and "test images are missing" in err and "the rest is scored" in err
     code, _, err = command("run.py", "--eval", run_folder, "--root", tmp_path)
     assert code == 2 and "none of the run's" in err.splitlines()[-1]
+
+
+@pytest.fixture
+def stopped(own_command, tmp_path):
+    """stopped(seed) is the folder of a row that was tuned to its end and stopped before it was scored."""
+
+    def run(seed, *more):
+        def stop(*_):
+            raise OSError("stopped")
+
+        score, evaluate.score = evaluate.score, stop
+        try:
+            assert own_command("--seed", seed, *more)[0] == 2
+        finally:
+            evaluate.score = score
+        (folder,) = (tmp_path / "runs").glob(f"*seed{seed}*")
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def own_command(command, tmp_path):
+    ask = ["run.py", "--shots", 1, "--epochs", 2, "--method", "backbone", "--workers", 0, "--out", tmp_path / "runs"]
+    return lambda *more: command(*ask, *more)
+
+
+def test_what_a_stopped_run_kept_is_its_own_and_whole(stopped, own_command):
+    one, two = stopped(1), stopped(2)
+    whole = (one / "resume.pt").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content, message in (
+        (flipped, "its bytes are not those that were written"),
+        (whole[:100], "its bytes are not those that were written"),
+        ((two / "resume.pt").read_bytes(), "it is of another run than the config.json beside it"),
+    ):
+        (one / "resume.pt").write_bytes(content)
+        code, _, err = own_command("--seed", 1, "--resume")
+        assert code == 2 and message in err.splitlines()[-1] and "add --force to start over" in err.splitlines()[-1]
+    (one / "resume.pt").write_bytes(whole)
+    (one / "metrics.jsonl").write_text("junk")
+    code, table, _ = own_command("--seed", 1, "--resume")
+    assert code == 0 and len(lines(one)) == 2
+    (two / "config.json").write_text("{")
+    assert own_command("--seed", 2, "--resume")[0] == 2 and own_command("--seed", 2, "--force")[0] == 0
+
+
+def test_force_replaces_no_run_of_other_images(stopped, own_command, tmp_path):
+    classes = tmp_path / "photos"
+    for name, number in itertools.product("abc", range(4)):
+        (classes / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(classes / name / f"{number}.png")
+    of = ("--dataset", "folder", "--root", classes, "--clip", "demo")
+    folder = stopped(1, *of)
+    (classes / "a" / "0.png").unlink()
+    code, _, err = own_command("--seed", 1, *of, "--force")
+    assert code == 2 and "holds a stopped run of another training_images" in err and (folder / "resume.pt").exists()
+
+
+def test_scores_that_are_not_finite_are_none(own_command, command, tmp_path):
+    """Prompts that went too far in the last step, and such prompts from outside: no class is the highest."""
+    code, out, err = own_command("--lr", "1e30")
+    assert code == 2 and out == "" and "are not finite numbers" in err.splitlines()[-1], err
+    (prompts,) = (tmp_path / "runs").glob("*/base.safetensors")
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    ask = ["--prompt", prompts, "--classes", tmp_path / "names.txt", "--out", tmp_path / "a.csv"]
+    code, out, err = command("predict.py", tmp_path / "a.png", *ask)
+    assert code == 2 and "are not finite numbers" in err.splitlines()[-1] and not (tmp_path / "a.csv").exists()
+
+
+def test_eval_says_what_differs_and_takes_no_other_options(tune, command):
+    code, _, err = command("run.py", "--eval", "nowhere")
+    assert code == 2 and "config.json is missing" in err
+    *_, runs = tune("--method", "backbone", "mao")
+    folder, other = only(runs, "backbone"), only(runs, "mao")
+    code, _, err = command("run.py", "--eval", folder, "--seed", 7)
+    assert code == 2 and "--seed has no effect with --eval: leave it out" in err
+    result = json.loads((folder / "result.json").read_text())
+    assert "result.json has" not in command("run.py", "--eval", folder)[2]
+    (folder / "result.json").write_text(json.dumps({**result, "base": result["base"] / 2}))
+    code, _, err = command("run.py", "--eval", folder)
+    assert code == 0 and f"has {result['base'] / 2:.2f} for base, and this is {result['base']:.2f}" in err
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "test_images": "0" * 64}))
+    code, _, err = command("run.py", "--eval", other)
+    assert code == 2 and "it was scored on other test images than the lists have now" in err
+
+
+def test_other_sentences_are_another_run(own_command, tmp_path):
+    file, captions = tmp_path / "sentences.json", demo.sentences()
+    ask = ("--backbone", "coprompt", "--recipe", "paper", "--sentences", file)
+    file.write_text(json.dumps(captions))
+    assert own_command(*ask)[0] == 0
+    file.write_text(json.dumps({name: found[:2] for name, found in captions.items()}))
+    code, _, err = own_command(*ask)
+    assert code == 2 and "holds a finished run of another sentences_sha256" in err
 
 
 def test_one_folder_a_run(eurosat, command, tmp_path):
