@@ -145,12 +145,12 @@ def hold(learner, states, phase, test):
 def top1(learner, batches, device):
     """The highest score [N] of each of N images over the learner's classes, whose it is [N], and its label [N].
 
-    batches: (uint8 images or features, labels).
+    batches: (uint8 images or features, labels). ValueError: the scores are not finite.
     """
     scores, classes, truth = [], [], []
     classify = scorer(learner)
     for images, labels in batches:
-        best = classify(model_input(images.to(device))).max(dim=-1)
+        best = finite(classify(model_input(images.to(device)))).max(dim=-1)
         scores.append(best.values.float().cpu())
         classes.append(best.indices.cpu())
         truth.append(labels)
@@ -166,8 +166,7 @@ def scorer(learner, g=None):
     """A function from images (or features) to the learner's scores at test, logits [B, C] (Eq. 3).
 
     g: the text features of all classes [C, d], where they are there already. Otherwise text is encoded once, here,
-    unless it depends on the image. A learner without `logits` of its own is scored by similarity. ValueError, of that
-    function: the logits are not finite.
+    unless it depends on the image. A learner without `logits` of its own is scored by similarity.
     """
     text_depends_on_image = getattr(learner, "text_depends_on_image", False)
     if g is None and not text_depends_on_image:
@@ -177,17 +176,20 @@ def scorer(learner, g=None):
         f = learner.image_features(images)  # [B, d]
         text = learner.text_features() if text_depends_on_image else g
         if hasattr(learner, "logits"):
-            found = learner.logits(f, text)
-        else:
-            found = similarity_logits(f, text, learner.logit_scale)
-        if not found.isfinite().all():
-            raise ValueError(
-                "the scores of the classes are not finite numbers, so there is no highest one: the prompts went too "
-                "far (lower --lr), or the CLIP is broken (get it again)"
-            )
-        return found
+            return learner.logits(f, text)
+        return similarity_logits(f, text, learner.logit_scale)
 
     return logits
+
+
+def finite(scores):
+    """Returns the scores of classes, a tensor. ValueError: they are not finite numbers, so none is the highest."""
+    if not scores.isfinite().all():
+        raise ValueError(
+            "the scores of the classes are not finite numbers, so there is no highest one: the prompts went too far "
+            "(lower --lr), or the CLIP is broken (get it again)"
+        )
+    return scores
 
 
 def harmonic_mean(base, new):

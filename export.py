@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from evaluate import scorer
+from evaluate import finite, scorer
 from images import PIXEL_MEAN, PIXEL_STD
 from record import write
 
@@ -37,12 +37,12 @@ def export_head(path, learner, header, classnames, g=None):
         logits = logit_scale * f @ text_features.T
 
     A safetensors file of "text_features" [C, d] and "logit_scale" []; its metadata "mao" is JSON with classnames, the
-    CLIP and its SHA-256. ValueError: the learner is no such head.
+    CLIP and its SHA-256. ValueError: the learner is no such head, or its features are not finite.
     """
     if learner.prompts_images or getattr(learner, "text_depends_on_image", False):
         why = "tunes its image side or scores" if learner.prompts_images else "makes its text anew for each image"
         raise ValueError(f"{header['backbone']} {why}, so that no head holds it: export it as .onnx, or use predict.py")
-    g = learner.text_features() if g is None else g
+    g = finite(learner.text_features() if g is None else g)
     tensors = {"text_features": g.float().cpu().contiguous()}
     tensors["logit_scale"] = torch.as_tensor(learner.logit_scale).float().cpu()
     about = {"classnames": list(classnames), **{key: header[key] for key in ("backbone", "clip", "clip_sha256")}}
@@ -68,7 +68,7 @@ def export_onnx(path, learner, classnames, pixels, g=None):
 
     B is any number, but 1 where text depends on the image. Its metadata "classnames" is a JSON list. Images come
     resized and cut as CLIP's own preprocessing does it. The learner is on the CPU.
-    ValueError: onnx and onnxscript are missing.
+    ValueError: onnx and onnxscript are missing, or the probabilities are not finite.
     """
     try:
         import onnx
@@ -78,9 +78,11 @@ def export_onnx(path, learner, classnames, pixels, g=None):
     single = getattr(learner, "text_depends_on_image", False)
     images = torch.zeros(1 if single else 2, 3, pixels, pixels, dtype=torch.uint8)
     shapes = None if single else {"images": {0: torch.export.Dim("batch")}}
+    classifier = Classifier(learner, g).eval()
     with torch.no_grad():
+        finite(classifier(images))
         program = torch.onnx.export(
-            Classifier(learner, g).eval(),
+            classifier,
             (images,),
             input_names=["images"],
             output_names=["probabilities"],

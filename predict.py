@@ -25,7 +25,7 @@ from backbones import PromptLearner
 from checkpoints import load_clip_of
 from cli import Parser, at_least, end, printable
 from data import read_names
-from evaluate import build_learner, fit_state, scorer
+from evaluate import build_learner, finite, fit_state, scorer
 from export import export
 from images import (
     FolderReader,
@@ -99,7 +99,7 @@ def predict(learner, batches, device="cpu", g=None):
     """
     logits = scorer(learner, g)
     for images, wrong in tqdm(batches, unit="batch"):
-        yield logits(model_input(images.to(device))).float().softmax(dim=-1).cpu(), wrong
+        yield finite(logits(model_input(images.to(device)))).float().softmax(dim=-1).cpu(), wrong
 
 
 def write_table(out, paths, classes, batches):

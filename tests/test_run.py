@@ -626,6 +626,8 @@ def test_scores_that_are_not_finite_are_none(own_command, command, tmp_path):
     ask = ["--prompt", prompts, "--classes", tmp_path / "names.txt", "--out", tmp_path / "a.csv"]
     code, out, err = command("predict.py", tmp_path / "a.png", *ask)
     assert code == 2 and "are not finite numbers" in err.splitlines()[-1] and not (tmp_path / "a.csv").exists()
+    code, out, err = command("predict.py", *ask[:4], "--export", tmp_path / "head.safetensors")
+    assert code == 2 and "are not finite" in err.splitlines()[-1] and not (tmp_path / "head.safetensors").exists()
 
 
 def test_eval_says_what_differs_and_takes_no_other_options(tune, command):
