@@ -233,6 +233,8 @@ def score_again(folder, device, workers=0, root=None, clip=None, threads=None):
                 f"{folder} was tuned on other classes than {root or config.get('root') or config['dataset']} has now "
                 f"({len(known)}: {', '.join(known[:5])}, ...): restore the data"
             )
+    if config.get("test_images", task.listed) != task.listed:
+        raise ValueError(f"{folder} was scored on other test images than the lists have now: restore the lists")
     zero_shot = ZeroShot(clip_model, task.base_names)
     if config["method"] == "zeroshot":
         learner, states = zero_shot, None

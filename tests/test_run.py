@@ -529,7 +529,7 @@ def test_eval_refuses_other_classes_and_other_test_images(tune, command, eurosat
     text = split.read_text()
     for change, message in (
         (lambda text: text.replace('"Forest"', '"Wood"'), "was tuned on other classes than"),
-        (lambda text: text.replace("River_7.jpg", "River_8.jpg"), "was scored on other test images than the split"),
+        (lambda text: text.replace("River_7.jpg", "River_8.jpg"), "was scored on other test images than the lists"),
     ):
         split.write_text(change(text))
         code, _, err = command("run.py", "--eval", only(runs, "backbone"))
@@ -645,7 +645,7 @@ def test_eval_says_what_differs_and_takes_no_other_options(tune, command):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "test_images": "0" * 64}))
     code, _, err = command("run.py", "--eval", other)
-    assert code == 2 and "it was scored on other test images than the lists have now" in err
+    assert code == 2 and "was scored on other test images than the lists have now" in err
 
 
 def test_other_sentences_are_another_run(own_command, tmp_path):
