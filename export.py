@@ -78,8 +78,8 @@ def export_onnx(path, learner, classnames, pixels, g=None):
     single = getattr(learner, "text_depends_on_image", False)
     images = torch.zeros(1 if single else 2, 3, pixels, pixels, dtype=torch.uint8)
     shapes = None if single else {"images": {0: torch.export.Dim("batch")}}
-    classifier = Classifier(learner, g).eval()
     with torch.no_grad():
+        classifier = Classifier(learner, g).eval()
         finite(classifier(images))
         program = torch.onnx.export(
             classifier,

@@ -30,7 +30,7 @@ def test_the_same_prompts_move_to_other_classes(small):
     learner = CoOp(small, NAMES)
     images = torch.randn(2, 3, 32, 32)
     logits = learner(images)
-    assert torch.equal(learner(images, torch.tensor([2, 0])), logits[:, [2, 0]])
+    assert torch.allclose(learner(images, torch.tensor([2, 0])), logits[:, [2, 0]], atol=1e-4)  # other matrix sizes
     learner.set_classes(NAMES[1:] + ["gray moon"])
     assert torch.allclose(learner(images)[:, :2], logits[:, 1:], atol=1e-5)
     assert torch.equal(learner(learner.image_features(images)), learner(images))  # features in place of images
