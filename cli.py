@@ -100,7 +100,7 @@ def end(name, main):
     except KeyboardInterrupt:
         code, text = 130, "stopped; what was finished is kept"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+        drop_output()
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         code, text = 2, sentence(error)
@@ -109,11 +109,16 @@ def end(name, main):
         try:
             sys.stdout.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # so that the sentence has a line of its own
     print(f"{name}: {printable(text)}", file=sys.stderr)
     sys.exit(code)
+
+
+def drop_output():
+    """Sends what is still to be printed nowhere: Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def sentence(error):

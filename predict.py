@@ -159,8 +159,10 @@ def arguments():
             raise ValueError(f"{option} {path} must be a file in a folder that is there: give another")
     read = {"--prompt": args.prompt, "--classes": args.classes, "the image": args.images}
     for option, path in written.items():
-        for other, there in {**read, **{name: of for name, of in written.items() if name != option}}.items():
-            if path is not None and there is not None and os.path.realpath(path) == os.path.realpath(there):
+        for other, there in {**read, **written}.items():
+            if other == option or path is None or there is None:
+                continue
+            if os.path.realpath(path) == os.path.realpath(there):
                 raise ValueError(f"{option} {path} is {other} too, which it would replace: give another file")
     if args.export is not None and args.export.suffix == ".onnx":
         args.device = "cpu"  # an ONNX file is for any device

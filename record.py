@@ -205,7 +205,7 @@ class Record:
                     f"of the {self.state['phase']} phase: add --resume to go on from there, or --force to start over"
                 )
             self.metrics, self.seconds = self.state["metrics"], self.state["seconds"]
-            write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
+            self.write_metrics()
             return
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
@@ -239,6 +239,10 @@ class Record:
         """Adds a line to metrics.jsonl: a dict. Its `seconds` are summed for the result."""
         self.seconds += line["seconds"]
         self.metrics.append(json.dumps(line))
+        self.write_metrics()
+
+    def write_metrics(self):
+        """Writes metrics.jsonl anew."""
         write(self.folder / "metrics.jsonl", "\n".join(self.metrics) + "\n")
 
     def keep(self, phase, epoch, learner, optimizer, scaler):
@@ -255,7 +259,7 @@ class Record:
             "metrics": self.metrics,
             "seconds": self.seconds,
         }
-        state["run"] = hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+        state["run"] = config_sha256(self.folder)
         content = io.BytesIO()
         torch.save(state, content)
         digest = hashlib.sha256(content.getvalue()).hexdigest()  # torch.load does not see a flipped bit
@@ -396,6 +400,11 @@ def read_lists(folder):
     return lists
 
 
+def config_sha256(folder):
+    """The SHA-256 of a row's config.json, which tells its run from others."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+
+
 def read_state(folder):
     """resume.pt of a row's folder. ValueError: broken, or of another run than config.json beside it."""
     path = pathlib.Path(folder) / "resume.pt"
@@ -404,7 +413,7 @@ def read_state(folder):
         if hashlib.sha256(content).hexdigest().encode() != digest:
             raise ValueError("its bytes are not those that were written")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state["run"] != hashlib.sha256((path.parent / "config.json").read_bytes()).hexdigest():
+        if state["run"] != config_sha256(path.parent):
             raise ValueError("it is of another run than the config.json beside it")
         return state
     except Exception as error:  # torch raises of every kind on a broken file
