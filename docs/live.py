@@ -21,7 +21,7 @@ import run
 import settings
 from checkpoints import load_clip_of
 from encoders import ZeroShot, clip
-from experiments.figures import mean_similarity
+from experiments import figures
 from images import Images, ShuffledBatches, augmentation_seed, model_input, test_transform, train_transform
 from mao import candidates, similarity_logits
 from pseudolabel import PseudoLabeler
@@ -186,18 +186,13 @@ def batches(live):
     sides = figure.subfigures(1, 2, wspace=0.02)
     for side, title, batch in zip(sides, ("hard negatives, an anchor per row", "at random"), (live.batch, live.random)):
         names = [live.names[label] for label in live.labels[batch]]
-        value = keep(f"mean similarity of the batch, {title[:4]}", mean_similarity(names))
+        value = keep(f"mean similarity of the batch, {title[:4]}", figures.mean_similarity(names))
         side.suptitle(f"{title}: mean cosine of the names in the batch {value:.2f}", fontsize=10)
         side.subplots_adjust(0.01, 0.01, 0.99, 0.83, 0.06, 0.55)
         for position, axis in enumerate(side.subplots(b, k).flat):
-            axis.imshow(live.task.read(live.task.base_train[batch[position]][0]))
-            axis.set_title(names[position].replace(" ", "\n"), fontsize=6.5, pad=2)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(batch is live.batch and position % k == 0)
-                spine.set_color("crimson")
-                spine.set_linewidth(2.5)
+            image, anchor = live.task.read(live.task.base_train[batch[position]][0]), batch is live.batch
+            frame = 2.5 if anchor and position % k == 0 else 0
+            figures.show_image(axis, image, names[position].replace(" ", "\n"), 6.5, frame)
     plt.close(figure)
     return figure
 
@@ -314,15 +309,9 @@ def pseudo_labels(live):
     left, side = figure.subfigures(1, 2, width_ratios=(2.1, 1))
     chosen = np.random.default_rng(1).permutation(len(views))[:18]
     for axis, i in zip(left.subplots(3, 6).flat, chosen):
-        axis.imshow(pixels[i].permute(1, 2, 0))
         name = live.new_names[labels[i]] + ("" if right[i] else f"\nis {live.new_names[truth[i]]}")
-        axis.set_title(f"{name}\n{confidences[i]:.2f}", fontsize=6.5, pad=2)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(not right[i])
-            spine.set_color("crimson")
-            spine.set_linewidth(2.5)
+        text = f"{name}\n{confidences[i]:.2f}"
+        figures.show_image(axis, pixels[i].permute(1, 2, 0), text, 6.5, 0 if right[i] else 2.5)
     axis = side.subplots()
     edges = torch.linspace(0, 1, 11)
     for low, high in zip(edges[:-1], edges[1:]):
@@ -373,12 +362,10 @@ def confusion(live):
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.3), layout="constrained")
     for axis, after, title in zip(axes, ("base", "new"), ("after phase 1", "after phase 2")):
         found, truth = predictions(live, "mao", after)
-        counts = np.zeros((len(live.new_names),) * 2)
-        np.add.at(counts, (truth.numpy(), found.numpy()), 1)
-        axis.imshow(counts / counts.sum(1, keepdims=True), cmap="Greys", vmin=0, vmax=1)
-        axis.set_xticks(range(0, len(counts), 5), live.new_names[::5], rotation=90, fontsize=6)
-        axis.set_yticks(range(0, len(counts), 5), live.new_names[::5], fontsize=6)
-        axis.set_title(f"{title}: {100 * (found == truth).float().mean():.1f}% right")
+        count = len(live.new_names)
+        figures.show_confusion(axis, truth, found, count, title)
+        axis.set_xticks(range(0, count, 5), live.new_names[::5], rotation=90, fontsize=6)
+        axis.set_yticks(range(0, count, 5), live.new_names[::5], fontsize=6)
     axes[0].set_ylabel("the class shown")
     axes[1].set_xlabel("the class predicted")
     plt.close(figure)

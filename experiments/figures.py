@@ -95,16 +95,19 @@ def batch_of_images(dataset, root=None):
         )
         side.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.84 / b, 0.08, 0.5)
         for position, axis in enumerate(np.atleast_1d(side.subplots(b, k)).flat):
-            axis.imshow(task.read(task.base_train[batch[position]][0]))
-            axis.set_title(names[position].replace(" ", "\n"), fontsize=16 if len(names[position]) < 20 else 9, pad=4)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            framed = batch is batches.hard and position % k == 0  # an anchor
-            for spine in axis.spines.values():
-                spine.set_visible(framed)
-                spine.set_color("crimson")
-                spine.set_linewidth(5)
+            image, size = task.read(task.base_train[batch[position]][0]), 16 if len(names[position]) < 20 else 9
+            anchor = batch is batches.hard and position % k == 0
+            show_image(axis, image, names[position].replace(" ", "\n"), size, 5 if anchor else 0)
     return figure
+
+
+def show_image(axis, image, title, size, frame):
+    """An image and what is written above it. size: of the letters. frame: the width of a red frame; 0: none."""
+    axis.imshow(image)
+    axis.set_title(title, fontsize=size, pad=size / 4)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(visible=frame > 0, color="crimson", linewidth=frame)
 
 
 def mean_similarity(names):
@@ -278,15 +281,17 @@ def confusion(folders):
         for column, (who, of, when) in enumerate((("before", zero_shot, None), ("after", learner, states))):
             evaluate.hold(of, when, half if half == "new" else "base", task.tests[half])
             _, classes, labels = evaluate.top1(of, tests.batches(half, of), "cpu")
-            count = len(task.tests[half].names)
-            table = torch.zeros(count, count).index_put_((labels, classes), torch.ones(len(labels)), accumulate=True)
-            share = table / table.sum(dim=1, keepdim=True).clamp_min(1)
             axis = axes[2 * number + column]
-            axis.imshow(100 * share, cmap="gray_r", vmin=0, vmax=100)
-            right = 100 * (classes == labels).float().mean().item()
-            axis.set_title(f"{half} classes, {who}: {right:.1f}% right")
+            show_confusion(axis, labels, classes, len(task.tests[half].names), f"{half} classes, {who}")
             axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
     return figure
+
+
+def show_confusion(axis, labels, classes, count, title):
+    """How often each of `count` true classes is taken for each other. labels, classes: true and predicted, int64 [N]."""
+    table = torch.zeros(count, count).index_put_((labels, classes), torch.ones(len(labels)), accumulate=True)
+    axis.imshow(table / table.sum(dim=1, keepdim=True).clamp_min(1), cmap="gray_r", vmin=0, vmax=1)
+    axis.set_title(f"{title}: {100 * (classes == labels).float().mean().item():.1f}% right")
 
 
 def plot(folder):

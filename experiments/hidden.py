@@ -27,6 +27,7 @@ import settings
 from checkpoints import load_clip_of
 from cli import Parser, at_least, end
 from encoders import ZeroShot
+from experiments.reproduce import with_h
 from images import Images, augmentation_seed, model_input
 from pseudolabel import PseudoLabeler
 from record import Record, folder_name, read_metrics, read_prompts, read_result, write
@@ -166,15 +167,16 @@ def mean(values):
 
 def with_spread(by_seed):
     """ "mean ± standard deviation" of an average over domains, one per seed."""
-    spread = f" ± {statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 else ""
-    return f"{mean(by_seed):.2f}{spread}"
+    return shown(mean(by_seed), statistics.stdev(by_seed) if len(by_seed) > 1 else None)
 
 
-def h_with_spread(base, new):
-    """H as the paper's tables have it, of the averages over seeds, and its spread. base, new: one per seed."""
-    spread = statistics.stdev([evaluate.harmonic_mean(*pair) for pair in zip(base, new)]) if len(base) > 1 else None
-    text = f"{evaluate.harmonic_mean(mean(base), mean(new)):.2f}"
-    return text if spread is None else f"{text} ± {spread:.2f}"
+def shown(value, spread):
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+
+
+def h_of(base, new):
+    """(H as the paper's tables have it, of the averages over seeds; its spread). base, new: one per seed."""
+    return with_h([{"Base": b, "New": n} for b, n in zip(base, new)])["H"]
 
 
 def over_domains(cells, value):
@@ -200,8 +202,8 @@ def table_of_lists(cells):
             )
         new = over_domains(keyed, lambda found: found["new"])
         one = {key: over_domains(keyed, lambda found, key=key: found["one"][key]) for key in ("base", "new", "all")}
-        columns = [with_spread(base), with_spread(new), h_with_spread(base, new)]
-        columns += [with_spread(one["base"]), with_spread(one["new"]), h_with_spread(one["base"], one["new"])]
+        columns = [with_spread(base), with_spread(new), shown(*h_of(base, new))]
+        columns += [with_spread(one["base"]), with_spread(one["new"]), shown(*h_of(one["base"], one["new"]))]
         print(f"| {name} | {' | '.join(columns)} | {with_spread(one['all'])} |")
 
 
@@ -311,9 +313,9 @@ def figure(cells, path):
         heights, spreads = [], []
         for method in names:
             pairs = [over_domains(cells, lambda cell, i=i: h(cell["rows"][method])[i]) for i in (0, 1)]  # noqa: B023
-            by_seed = [evaluate.harmonic_mean(*pair) for pair in zip(*pairs)]
-            heights.append(evaluate.harmonic_mean(*map(mean, pairs)))
-            spreads.append(statistics.stdev(by_seed) if len(by_seed) > 1 else 0)
+            height, spread = h_of(*pairs)
+            heights.append(height)
+            spreads.append(spread or 0)
         bars = axes[0].bar([i + shift for i in range(3)], heights, 0.38, yerr=spreads, capsize=3, label=label,
                            color="0.35" if shift < 0 else "0.75", edgecolor="black")  # fmt: skip
         axes[0].bar_label(bars, fmt="%.1f", padding=3)

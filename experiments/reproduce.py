@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -219,9 +220,9 @@ def cells_of(name, args):
     datasets, more = args.datasets, []
     if name == "table2":  # tuned on one dataset, scored on the others
         source = "demo-plain" if args.demo else "imagenet"
-        targets = [] if args.quick else [dataset for dataset in args.datasets if dataset != source]
         datasets, more = [source], ["--protocol", "cross-dataset"]
-        if targets and len(targets) < 10:  # all the others are the default
+        targets = [dataset for dataset in args.named if dataset != source]
+        if 0 < len(targets) < 10:  # all the others are the default
             more += ["--targets", *targets]
     elif name == "table3":  # of one dataset
         datasets = args.datasets if args.demo else ["oxford_flowers"]
@@ -311,7 +312,7 @@ def papers(made, row, dataset, whole, args):
         return {}
     found = PAPER[made.paper]["rows"][row.paper]
     if made.tell is transfer:  # its average is over the targets; over fewer than ten, that of those
-        targets = [target for target in args.datasets if target in found and target != "imagenet"]
+        targets = [target for target in args.named if target in found and target != "imagenet"]
         if not args.demo and 0 < len(targets) < 10:
             found = {**found, "average": statistics.mean(found[target] for target in targets)}
         return found
@@ -397,8 +398,12 @@ CLASSES = {  # of each dataset
     "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102,
     "food101": 101, "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
 }  # fmt: skip
-# Seconds of a step of 32 images and MiB, where no cell of the kind is done yet: docs/speed.md, ViT-B/16 on 2 cores.
-STEP = {"coop": (17.4, 2300), "maple": (42.8, 6000), "promptsrc": (58.1, 6300)}
+# Seconds of a step of 32 images and MiB of a cell, where no cell of the kind is done yet, by `kind_of`. ViT-B/16's are
+# those of docs/speed.md, on 2 cores: MiB of a step, of CLIP's weights, and 800 for all else.
+STEP = {
+    ("coop", False): (4.4, 2200), ("maple", False): (9.2, 6000), ("promptsrc", False): (13.0, 6800),
+    ("coop", True): (0.03, 1000), ("maple", True): (0.045, 1000), ("promptsrc", True): (0.065, 1000),
+}  # fmt: skip
 
 
 def steps_of(cell):
@@ -434,12 +439,11 @@ def estimates(results, device):
             per_step.setdefault(kind_of(cell), []).append((result["seconds"] / steps_of(cell), result["peak_mib"] or 0))
     found = {}
     for cell in results:
-        backbone, on_demo = kind_of(cell)
-        known = per_step.get((backbone, on_demo))
+        known = per_step.get(kind_of(cell))
         if known:
             seconds, mib = statistics.mean(one for one, _ in known), max(one for _, one in known)
-        elif backbone in STEP and not on_demo and device == "cpu":
-            seconds, mib = STEP[backbone]
+        elif kind_of(cell) in STEP and device == "cpu":
+            seconds, mib = STEP[kind_of(cell)]
         else:
             seconds, mib = None, None
         steps = steps_of(cell)
@@ -447,22 +451,22 @@ def estimates(results, device):
     return found
 
 
-def show_plan(cells, out, args):
-    """Prints the cells, their number, what is done, and what the rest will take; runs nothing."""
-    results = {cell: sweep.finished(cell, out) for cell in cells}
-    known, left = estimates(results, args.device), [cell for cell in cells if not results[cell]]
+def show_plan(results, args):
+    """Prints the cells, their number, what is done, what the rest will take. results: {cell: its result, or None}."""
+    cells, known = list(results), estimates(results, args.device)
+    left = [cell for cell in cells if not results[cell]]
     for cell in cells:
         state = "done" if results[cell] else "unknown" if known[cell] is None else f"{known[cell][0] / 60:.1f} min"
         print(f"{state:>10}  {sweep.parsed(cell)[1]}")
     told = [known[cell] for cell in left if known[cell] is not None]
     print(f"\n{len(cells)} cells, {len(cells) - len(left)} done, {len(left)} to run")
     if left:
-        hours = sum(seconds for seconds, _ in told) / 3600
+        minutes = sum(seconds for seconds, _ in told) / 60
+        span = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
         mib = max([mib for _, mib in told], default=0)
-        print(
-            f"estimate, of tuning alone: {hours:.1f} h one after another, up to {mib:,.0f} MiB a cell; "
-            f"{len(left) - len(told)} cells are of a kind of which none is done yet"
-        )
+        print(f"estimate, of tuning alone: {span} one after another, up to {mib:,.0f} MiB a cell")
+        if len(told) < len(left):
+            print(f"not in it: {len(left) - len(told)} cells of a kind of which none is done yet")
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -474,7 +478,7 @@ NAMES = ["table1", "table2", "table3", "table4", "table5", "table7", "table8", "
 
 def wanted(args):
     """The tables and figures to make: keys of MADE and BATCHES."""
-    names = NAMES[:-1] if "all" in args.what else args.what
+    names = NAMES[:-1] if "all" in args.what else dict.fromkeys(args.what)
     return [part for name in names for part in (["fig4-left", "fig4-right"] if name == "fig4" else [name])]
 
 
@@ -548,8 +552,8 @@ def arguments():
         help=f"of Tables 1 and 2 and Fig. 3 (default: {' '.join(PAPERS_THREE)}; the rivals too)")  # fmt: skip
     add("--seeds", nargs="+", type=at_least(0, 2**31), metavar="N", help="default: 1 2 3; with --quick 1")
     add("--demo", action="store_true", help="the embedded demo's eleven domains in place of the eleven datasets")
-    add("--quick", action="store_true", help="one dataset (of the demo: the default one), one seed, CoOp in Table 2, "
-        "fewer points of Fig. 4")  # fmt: skip
+    add("--quick", action="store_true", help="eurosat alone (of the demo: its default domain), one seed, CoOp in "
+        "Table 2, fewer points of Fig. 4")  # fmt: skip
     add("--recipe", choices=["own", "paper"], help="of rivals: their authors' (default), or that of the other "
         "backbones (default with --demo)")  # fmt: skip
     add("--root", metavar="DIR", help="of the datasets, as of run.py")
@@ -564,15 +568,15 @@ def arguments():
     if args.serial and args.address is not None:
         parser.error("--serial runs here, --address elsewhere: leave one out")
     known = DEMOS[1:] if args.demo else list(LAYOUTS)
-    args.of_batches = args.datasets or figures.TWO_DATASETS["demo" if args.demo else "paper"]
-    if args.datasets is None:
-        args.datasets = [f"demo-{demo.DEFAULT}"] if args.demo and args.quick else known
+    for option in ("datasets", "backbones", "seeds"):  # each value once
+        setattr(args, option, list(dict.fromkeys(getattr(args, option) or [])))
     for dataset in args.datasets:
         if dataset not in known:
             parser.error(f"--datasets {dataset} is not known{' with --demo' if args.demo else ''}: {', '.join(known)}")
-    if args.quick:
-        args.datasets = args.datasets[:1]
-    args.seeds = list(dict.fromkeys(args.seeds or ([1] if args.quick else [1, 2, 3])))
+    args.named, quick = args.datasets, [f"demo-{demo.DEFAULT}" if args.demo else "eurosat"]
+    args.of_batches = args.named or figures.TWO_DATASETS["demo" if args.demo else "paper"]
+    args.datasets = args.named or (quick if args.quick else known)
+    args.seeds = args.seeds or ([1] if args.quick else [1, 2, 3])
     args.of_table_2 = args.backbones or (["coop"] if args.quick else PAPERS_THREE)
     args.backbones = args.backbones or PAPERS_THREE
     args.of_rivals = ["--recipe", "paper"] if (args.recipe or ("paper" if args.demo else "own")) == "paper" else []
@@ -590,11 +594,15 @@ def main():
     tables = [cells_of(name, args) for name in names if name in MADE]
     cells = list(dict.fromkeys(cell for table in tables for row in table.values() for cell in row))  # each once
     if args.plan:
-        show_plan(cells, out, args)
+        show_plan({cell: sweep.finished(cell, out) for cell in cells}, args)
         return None
     with alone(out):
         out.mkdir(parents=True, exist_ok=True)
-        todo = [cell for cell in cells if sweep.finished(cell, out) is None]
+        results = {cell: sweep.finished(cell, out) for cell in cells}
+        todo = [cell for cell in cells if results[cell] is None]
+        if not args.serial:  # the longest first, so that at the end no worker waits long for another
+            known = estimates(results, args.device)
+            todo.sort(key=lambda cell: known[cell][0] if known[cell] else math.inf, reverse=True)
         print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run")
         sweep.clear(out, {sweep.parsed(cell)[1] for cell in todo})
         own = {cell for name in names if name in MADE and MADE[name].tell in (cost, spent)

@@ -100,6 +100,21 @@ def test_a_failed_cell_leaves_its_reason_in_its_place(monkeypatch, tmp_path):
     assert sum("80.00" in line for line in text.splitlines()) == 3
 
 
+def test_table_2_averages_over_the_targets_that_were_run(monkeypatch, tmp_path):
+    paper = reproduce.PAPER["table2_cross_dataset"]["rows"]["coop"]
+    for words, average in ((["--quick"], paper["average"]), (["--datasets", "dtd"], paper["dtd"])):
+        args = arguments(monkeypatch, "table2", "--backbones", "coop", "--backbones", "coop", "--seeds", 1, 1, *words)
+        table = reproduce.cells_of("table2", args)
+        assert list(table) == [(row, "imagenet") for row in ("zero-shot CLIP", "CoOp", "CoOp + MAO")]
+        (cell,) = table["CoOp", "imagenet"]
+        assert sweep.parsed(cell)[0].targets == (["all"] if words == ["--quick"] else ["dtd"])
+        assert reproduce.papers(reproduce.MADE["table2"], reproduce.plain("coop", paper="coop"), "imagenet", [], args)[
+            "average"
+        ] == pytest.approx(average)
+    named = arguments(monkeypatch, "table8", "--quick", "--datasets", "dtd", "eurosat", "dtd")
+    assert named.datasets == ["dtd", "eurosat"]  # --quick drops nothing that was named
+
+
 def test_every_row_of_the_papers_tables_is_there(monkeypatch):
     args = arguments(monkeypatch, "all")
     for made in reproduce.MADE.values():
@@ -129,7 +144,8 @@ def test_the_plan_runs_nothing(monkeypatch, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert reproduce.main() is None
     told = capsys.readouterr().out
-    assert "3 cells, 1 done, 2 to run" in told and "of a kind" in told and sorted(tmp_path.rglob("*")) == before
+    assert "3 cells, 1 done, 2 to run" in told and "min one after another" in told
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
