@@ -288,7 +288,7 @@ def confusion(folders):
 
 
 def show_confusion(axis, labels, classes, count, title):
-    """How often each of `count` true classes is taken for each other. labels, classes: true and predicted, int64 [N]."""
+    """How often each of `count` true classes is taken for each. labels, classes: true and predicted, int64 [N]."""
     table = torch.zeros(count, count).index_put_((labels, classes), torch.ones(len(labels)), accumulate=True)
     axis.imshow(table / table.sum(dim=1, keepdim=True).clamp_min(1), cmap="gray_r", vmin=0, vmax=1)
     axis.set_title(f"{title}: {100 * (classes == labels).float().mean().item():.1f}% right")
