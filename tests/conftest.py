@@ -1,7 +1,11 @@
 import json
+import os
 import pathlib
 import runpy
 import sys
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch comes: workers share the cores
 
 import numpy as np
 import pytest
