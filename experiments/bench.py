@@ -37,12 +37,15 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from checkpoints import PRECISIONS, in_precision
+import settings
+from checkpoints import PRECISIONS, in_precision, load_clip_of
 from cli import Parser, at_least, end
+from data import task_of
 from encoders import ZeroShot, clip, encode_images, frozen_image_features
 from evaluate import scorer
-from images import FolderReader, Images, KeptImages, loader, train_transform
+from images import FolderReader, Images, KeptImages, loader, model_input, train_transform, training_loader
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
+from phase import make_optimizer
 from pseudolabel import PseudoLabeler
 from record import peak_mib, restart_peak, write
 from rivals import BACKBONES, RIVALS
@@ -507,6 +510,50 @@ def show_loader(costs, count=64):
     )
 
 
+def bench_demo_step(meter, steps=50):
+    """What a step of MAO's base phase spends on the demo, CoOp: {part: Cost of `steps` steps}."""
+    args = settings.parse(["--method", "mao"])
+    task, (clip_model, _) = task_of(vars(args)), load_clip_of(vars(args), "cpu")
+    settings.fit(args, task, clip_model)
+    learner = BACKBONES["coop"](clip_model, task.base_names)
+    paths, labels = [path for path, _, _ in task.base_train], [label for _, label, _ in task.base_train]
+    transform = train_transform(clip_model.visual.input_resolution, task.crop_scale)
+    images = Images(paths, KeptImages(task.read, paths, args.image_memory, 0), transform, labels)
+    sampler = HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
+    batches = training_loader(images, sampler, args.seed, 1)
+    row = settings.row(args, "mao", task)
+    optimizer = make_optimizer(learner, row.base_recipe.lr, **row.optimizer)
+
+    def load():
+        return [(model_input(images), labels) for _, (images, labels) in zip(range(steps), batches)]
+
+    def step(images, labels):
+        optimizer.zero_grad()
+        base_loss(learner, images, labels).backward()
+        optimizer.step()
+
+    loaded = load()
+    classes = [candidates(labels)[0] for _, labels in loaded]
+    return meter({
+        "loading": load,
+        "image encoder": lambda: [learner.image_features(images) for images, _ in loaded],
+        "text side forward": lambda: [learner.text_features(these) for these in classes],
+        "text side": lambda: [learner.text_features(these).sum().backward() for these in classes],
+        "whole": lambda: [step(*batch) for batch in load()],
+    })  # fmt: skip
+
+
+def show_demo_step(costs, steps=50):
+    """Prints what `bench_demo_step` found, in milliseconds a step."""
+    least = {part: 1000 * cost.least / steps for part, cost in costs.items()}
+    rest = least["whole"] - least["loading"] - least["image encoder"] - least["text side"]
+    print(
+        f"a step of MAO's base phase on the demo: {least['whole']:.1f} ms, of which loading {least['loading']:.1f}, "
+        f"image encoder {least['image encoder']:.1f}, text side {least['text side forward']:.1f} forward and "
+        f"{least['text side'] - least['text side forward']:.1f} backward, the rest {rest:.1f}"
+    )
+
+
 def describe(case):
     """The machine and what runs on it, a dict."""
     return {
@@ -613,7 +660,8 @@ def main():
         "--backbones", nargs="+", choices=MEASURED, default=MEASURED, help="besides coop (default: all)"
     )
     parser.add_argument("--table3", action="store_true", help="Table 3's columns of all nine, and nothing else")
-    parser.add_argument("--loader", action="store_true", help="how fast training images are loaded, and nothing else")
+    parser.add_argument("--loader", action="store_true", help="how fast training images are loaded, what a step of "
+                        "the demo spends, and nothing else")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all of it there")
     parser.add_argument("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -621,7 +669,12 @@ def main():
     if args.loader:
         costs = bench_loader(Meter("cpu", max(3, args.turns)))
         show_loader(costs)
-        found = {"loader": {what: cost._asdict() for what, cost in costs.items()}, "impossible": []}
+        torch.set_num_threads(1)  # the demo's
+        parts = bench_demo_step(Meter("cpu", max(3, args.turns)))
+        show_demo_step(parts)
+        found = {"impossible": []}
+        for name, of in (("loader", costs), ("demo_step", parts)):
+            found[name] = {what: cost._asdict() for what, cost in of.items()}
     elif args.table3:
         case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
         rows = [row for backbone in tqdm(BACKBONES, "backbones") for row in bench_table_3(case, backbone)]

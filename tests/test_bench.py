@@ -59,6 +59,13 @@ def test_the_loader(capsys):
     assert costs["kept"].least < costs["anew"].least and "a second decoded anew" in capsys.readouterr().out
 
 
+def test_a_step_of_the_demo_takes_as_long_as_its_parts(capsys):
+    costs = bench.bench_demo_step(bench.Meter("cpu", 2), steps=4)
+    assert costs["whole"].least > costs["image encoder"].least + costs["text side forward"].least > 0
+    bench.show_demo_step(costs, steps=4)
+    assert "a step of MAO's base phase on the demo" in capsys.readouterr().out
+
+
 def test_table_3_has_all_nine(tmp_path, monkeypatch, capsys):
     file = tmp_path / "table3.json"
     how = ["--table3", "--turns", "2", "--sizes", "tiny", "--json", str(file)]
