@@ -103,8 +103,9 @@ def load_file(name, path, config, activation, head_width):
     ValueError: as `load_clip`.
     """
     state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{name} holds weights that are not finite: get the file again")
+    for key, value in state.items():
+        if not value.isfinite().all() or (value.ndim > 1 and not value.any()):  # no matrix of a trained CLIP is zero
+            raise ValueError(f"{name} holds weights that are not finite, or all zero ({key}): get the file again")
     text = (activation or config.get("text_activation"), config.get("text_heads"))
     vision = (activation or config.get("activation"), head_width or config.get("head_width"))
     return build(name, to_openai_keys(state), text, vision)

@@ -135,9 +135,10 @@ def test_what_is_no_clip(tmp_path, small, capsys):
     (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     with pytest.raises(ValueError, match="lfs.safetensors is a pointer of git-lfs"):
         load_clip(str(tmp_path / "lfs.safetensors"))
-    state = {**small.state_dict(), "text_projection": torch.full_like(small.text_projection, torch.nan)}
-    torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises(ValueError, match="not finite"):
-        load_clip(str(tmp_path / "nan.pt"), activation="quickgelu")
+    for name, value in (("nan.pt", torch.nan), ("zero.pt", 0.0)):
+        state = {**small.state_dict(), "text_projection": torch.full_like(small.text_projection, value)}
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=r"not finite, or all zero \(text_projection\)"):
+            load_clip(str(tmp_path / name), activation="quickgelu")
     with pytest.raises(FileNotFoundError, match="there is no CLIP 'ViT-B/17'"):
         load_clip("ViT-B/17")
