@@ -119,10 +119,10 @@ def folder_split(root, renamed=None):
     train, test = (named_folders(root / part, renamed)["all"] for part in ("train", "test"))
     find = name_finder(list(dict.fromkeys(name for _, _, name in train)))
     test = [[path, label, find(name) or name] for path, label, name in test]
-    names = sorted({name for _, _, name in train + test})
+    label_of = {name: label for label, name in enumerate(sorted({name for _, _, name in train + test}))}
     split = {"val": []}
     for part, items in (("train", train), ("test", test)):
-        split[part] = [[f"{part}/{path}", names.index(name), name] for path, _, name in items]
+        split[part] = [[f"{part}/{path}", label_of[name], name] for path, _, name in items]
     return split
 
 
@@ -155,10 +155,15 @@ def read_folder_names(path):
     if not found:
         raise ValueError(f"--names {path} is empty: {advice}")
     found = {folder.strip(): name.strip() for folder, name in found.items()}
-    for name, count in collections.Counter(found.values()).items():
-        if count > 1:
-            raise ValueError(f"--names {path} gives {count} folders the name '{name}': give each class its own")
+    name = twice(found.values())
+    if name is not None:
+        raise ValueError(f"--names {path} gives two folders the name '{name}': give each class its own")
     return found
+
+
+def twice(names):
+    """The first of some names that is among them more than once, or None."""
+    return next((name for name, count in collections.Counter(names).items() if count > 1), None)
 
 
 def class_names(source):
@@ -350,8 +355,9 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
     task.new_names = read_names(new_classes)
     warn_of_twins(task.new_names, task.base_names)
     task.new_read = FolderReader(pathlib.Path(unlabeled))
+    label_of = {name: label for label, name in enumerate(task.new_names)}
     if kept is not None:
-        items = [[path, task.new_names.index(name), name] for path, _, name in kept if name in task.new_names]
+        items = [[path, label_of[name], name] for path, _, name in kept if name in label_of]
         task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
         return task
     task.new_train = find_images(unlabeled)
@@ -367,7 +373,7 @@ def own_new_classes_task(source, shots, seed, unlabeled, new_classes, new_test=N
                 f"{new_test} holds a class '{name}' that {new_classes} does not name: name it there, "
                 "or take the folder out"
             )
-        items.append([path, task.new_names.index(found), found])
+        items.append([path, label_of[found], found])
     task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(new_test)), source.template)
     return task
 
@@ -386,9 +392,8 @@ def read_names(path):
         ) from error
     if not names:
         raise ValueError(f"{path} is empty: give a text file with one class name per line")
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{path} names '{name}' twice: give each class once")
+    if twice(names) is not None:
+        raise ValueError(f"{path} names '{twice(names)}' twice: give each class once")
     warn_of_twins(names)
     return names
 
@@ -518,10 +523,9 @@ def target_names(settings):
     for target in settings["targets"]:
         if full_name(target) == source:
             raise ValueError(f"--targets {target} is the source itself: give others")
-    names = [full_name(target) for target in settings["targets"]]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--targets has {name} twice: give each once")
+    name = twice(map(full_name, settings["targets"]))
+    if name is not None:
+        raise ValueError(f"--targets has {name} twice: give each once")
     return settings["targets"]
 
 

@@ -38,18 +38,9 @@ except ImportError:  # Windows
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
-ELSEWHERE = [
-    "out",
-    "workers",
-    "image_memory",
-    "download",
-    "device",
-    "threads",
-    "eval",
-    "plot",
-    "resume",
-    "force",
-]  # do not change what is tuned
+ELSEWHERE = [  # settings that do not change what is tuned
+    "out", "workers", "image_memory", "download", "device", "threads", "eval", "plot", "resume", "force",
+]  # fmt: skip
 FILES = [
     "config.json", "metrics.jsonl", "base.safetensors", "new.safetensors", "result.json", "lists.json", "resume.pt",
 ]  # fmt: skip

@@ -134,7 +134,7 @@ def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
     for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n"):
         (tmp_path / "names").write_text(text)
         code, _, err = command(*ask, "--names", tmp_path / "names")
-        assert code == 2 and ("'a' is there twice" in err or "gives 2 folders the name 'x'" in err), err
+        assert code == 2 and ("'a' is there twice" in err or "gives two folders the name 'x'" in err), err
     (tmp_path / "names").write_text("Red Door,red door\n")
     for options, message in (
         (["--names", tmp_path / "names"], "no name for the class folder"),
