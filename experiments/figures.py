@@ -104,7 +104,7 @@ def batch_of_images(dataset, root=None):
 def show_image(axis, image, title, size, frame):
     """An image and what is written above it. size: of the letters. frame: the width of a red frame; 0: none."""
     axis.imshow(image)
-    axis.set_title(title, fontsize=size, pad=size / 4)
+    axis.set_title(title, fontsize=size, pad=max(2, size / 4))
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=frame > 0, color="crimson", linewidth=frame)
