@@ -130,6 +130,14 @@ def versions():
     return {"python": platform.python_version(), **found, "git": revision or None}
 
 
+def make_folder(folder):
+    """Makes a folder, and those above it, where they are not there. OSError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
+
+
 @contextlib.contextmanager
 def alone(folder):
     """While this lasts, no other process writes into a run's folder. ValueError: one does. OSError: no place for it.
@@ -137,13 +145,15 @@ def alone(folder):
     The lock is a file beside the folder, and ends with the process however that ends.
     """
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    make_folder(folder.parent)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
+        if not os.path.exists(lock.lock_file):
+            raise OSError(f"cannot write beside {folder}: give another --out") from error
         raise ValueError(f"another run is writing into {folder}: wait for it, or give another --out") from error
     except OSError as error:
-        raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
+        raise OSError(f"cannot write beside {folder} ({error.strerror}): give another --out") from error
     try:
         yield
     finally:
@@ -166,10 +176,7 @@ class Record:
         self.previous = self.folder.with_name(self.folder.name + ".previous")
         self.finished = self.state = None
         restart_peak()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot make the folder {folder} ({error.strerror}): give another with --out") from error
+        make_folder(self.folder)
         if (self.folder / "result.json").exists():
             self.refuse_others(self.folder, "finished")
             if not force:

@@ -32,7 +32,7 @@ from checkpoints import load_clip_of
 from data import task_of
 from encoders import ZeroShot
 from images import ShuffledBatches
-from record import read_config, read_metrics, read_prompts
+from record import make_folder, read_config, read_metrics, read_prompts
 from sampler import HardNegativeSampler, minilm, paper_batch
 
 DOMAIN = "plain"  # of the README's batch: under plain light a reader sees the colors that the names say
@@ -44,7 +44,7 @@ MARKERS, TONES, HATCHES = "osD^v", ["0.15", "0.55", "0.8"], ["", "//", "xx", "..
 
 def save(figure, path):
     """Writes a figure as PNG, and forgets it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path)
     plt.close(figure)
 

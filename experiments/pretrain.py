@@ -24,7 +24,7 @@ import demo
 from cli import Parser, at_least, end
 from encoders import DEMO_WEIGHTS, clip
 from images import model_input
-from record import write
+from record import make_folder, write
 
 
 def caption(classname, domain, rng):
@@ -97,7 +97,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
     model.token_embedding = whole_embedding
     content = io.BytesIO()  # not a file: torch.save would write its name into the archive
     torch.save({name: value.half() for name, value in model.state_dict().items()}, content)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(pathlib.Path(path).parent)
     write(pathlib.Path(path), content.getvalue())
 
 

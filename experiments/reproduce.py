@@ -36,7 +36,7 @@ from data import DEMOS
 from evaluate import build_learner, fit_state, harmonic_mean, scorer
 from experiments import figures, sweep
 from layouts import LAYOUTS
-from record import alone, read_config, read_metrics, read_prompts, write
+from record import alone, make_folder, read_config, read_metrics, read_prompts, write
 from rivals import BACKBONES, RIVALS
 from sampler import paper_batch
 
@@ -500,22 +500,27 @@ def run_cells(todo, own, out, args):
 
 
 def make(names, out, args, failed):
-    """Writes and prints the tables, and draws the figures, of finished cells. Returns the figures' files."""
-    rows, drawn = [], []
+    """Writes and prints the tables, and draws the figures, of finished cells.
+
+    Returns (the files it wrote, how many figures are left out for want of their dataset).
+    """
+    rows, files, left_out = [], [], 0
     for name in names:
         caption = f"{', '.join(args.datasets)}; {seeds_told(args)}"
         if name in BATCHES:
             for dataset in args.of_batches:
                 try:
                     figures.save(BATCHES[name](dataset, args.root), out / f"{name}-{dataset}.png")
-                    drawn.append(out / f"{name}-{dataset}.png")
+                    files.append(f"{name}-{dataset}.png")
                 except (ValueError, OSError) as error:  # the dataset is not there: the other figures are drawn
                     warn(f"{name} of {dataset} is left out: {error}")
+                    left_out += 1
             continue
         lines, notes = lines_of(name, args, out, failed)
         rows += lines
         text = written(name, lines, notes, args)
         write(out / f"{name}.md", text)
+        files.append(f"{name}.md")
         print("\n" + text, end="")
         whole = [line for line in lines if line["ours"] is not None]
         if not whole:
@@ -531,15 +536,16 @@ def make(names, out, args, failed):
         else:
             continue
         if figure is not None:
-            drawn.append(out / f"{name}.png")
-            figures.save(figure, drawn[-1])
+            figures.save(figure, out / f"{name}.png")
+            files.append(f"{name}.png")
     if rows:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write(out / "figures.csv", table.getvalue())
-    return drawn
+        files.append("figures.csv")
+    return files, left_out
 
 
 def arguments():
@@ -597,7 +603,7 @@ def main():
         show_plan({cell: sweep.finished(cell, out) for cell in cells}, args)
         return None
     with alone(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         results = {cell: sweep.finished(cell, out) for cell in cells}
         todo = [cell for cell in cells if results[cell] is None]
         if not args.serial:  # the longest first, so that at the end no worker waits long for another
@@ -609,11 +615,11 @@ def main():
                  for row in cells_of(name, args).values() for cell in row}  # fmt: skip
         failed = run_cells(todo, own, out, args) if todo else {}
         sweep.clear(out, {sweep.parsed(cell)[1] for cell in failed})
-        drawn = make(names, out, args, failed)
-        print(f"\nTables and figures are in {out}: *.md, figures.csv{''.join(f', {path.name}' for path in drawn)}")
+        files, left_out = make(names, out, args, failed)
+        print(f"\nIn {out}: {', '.join(files) or 'nothing'}")
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again")
-    return 1 if failed else None
+    return 1 if failed or left_out else None
 
 
 if __name__ == "__main__":

@@ -282,8 +282,9 @@ def test_after_a_killed_driver_the_same_command_goes_on(tmp_path):
 
 def test_what_cannot_be_drawn_or_was_killed_does_not_end_the_rest(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "fig6", "fig5", "--root", str(tmp_path), "--out", str(tmp_path / "o")])
-    assert reproduce.main() is None
+    assert reproduce.main() == 1
     told = capsys.readouterr()
+    assert f"In {tmp_path / 'o'}: nothing" in told.out
     left_out = [line.split("warning: ")[1].split(" is left out")[0] for line in told.err.splitlines()]
     assert left_out == [
         f"{name} of {dataset}" for name in ("fig6", "fig5") for dataset in ("caltech101", "oxford_pets")
