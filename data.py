@@ -392,8 +392,9 @@ def read_names(path):
         ) from error
     if not names:
         raise ValueError(f"{path} is empty: give a text file with one class name per line")
-    if twice(names) is not None:
-        raise ValueError(f"{path} names '{twice(names)}' twice: give each class once")
+    name = twice(names)
+    if name is not None:
+        raise ValueError(f"{path} names '{name}' twice: give each class once")
     warn_of_twins(names)
     return names
 

@@ -190,9 +190,9 @@ def batches(live):
         side.suptitle(f"{title}: mean cosine of the names in the batch {value:.2f}", fontsize=10)
         side.subplots_adjust(0.01, 0.01, 0.99, 0.83, 0.06, 0.55)
         for position, axis in enumerate(side.subplots(b, k).flat):
-            image, anchor = live.task.read(live.task.base_train[batch[position]][0]), batch is live.batch
-            frame = 2.5 if anchor and position % k == 0 else 0
-            figures.show_image(axis, image, names[position].replace(" ", "\n"), 6.5, frame)
+            image = live.task.read(live.task.base_train[batch[position]][0])
+            anchor = batch is live.batch and position % k == 0
+            figures.show_image(axis, image, names[position].replace(" ", "\n"), 6.5, 2.5 if anchor else 0)
     plt.close(figure)
     return figure
 
