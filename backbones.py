@@ -1,12 +1,12 @@
-"""Eq. 1: the three prompt learners of the paper. A prompt learner of yours: docs/backbone.md.
+"""Eq. 1: the three prompt learners of the paper, and the zero-shot CLIP. One of your own: docs/backbone.md.
 
-Read `PromptLearner` first, and after it any of the three alone. A prompt learner gives `text_features(classes=None)`,
-`image_features(images)` and `logit_scale`, as mao.py wants them. CLIP is frozen and stands in encoders.py.
+Read `Learner` and `PromptLearner` first, and after them any of the others alone. CLIP is frozen and stands in
+encoders.py.
 
 A context is what is learned: L vectors, P of Eq. 1. A prompt is what an encoder reads. The textual prompt P_t is the
 start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. MaPLe and
-PromptSRC have deep contexts too: after each of the first layers the next one takes the place of the last. A learner's
-`state_dict()` holds its contexts, and what else it learns, alone.
+PromptSRC have deep contexts too: after each of the first layers the next one replaces the last. A learner's
+`state_dict()` holds what is learned, and nothing else.
 """
 
 import copy
@@ -26,7 +26,79 @@ from encoders import (
 from mao import similarity_logits
 
 
-class PromptLearner(nn.Module):
+class Learner(nn.Module):
+    """A prompt learner. It has what mao.py asks for, `set_classes(classnames)`, and these parts with their defaults.
+
+    `images` of `image_features` and `other_losses` are [B, 3, h, w], or a pair of them and frozen CLIP's features
+    [B, d], or where the image side is frozen these features alone.
+    """
+
+    prompts_images = False  # whether `image_features` depends on what is learned
+    text_depends_on_image = False  # whether `text_features` is [B, H, d], of the images last given to `image_features`
+    needs_frozen_features = False  # whether `other_losses` compares with frozen CLIP's image features
+    cross_entropy = None  # its own, a method of mao.py's arguments
+    views = 1  # how many augmented views of each training image it takes, as a tuple
+    recipe = {}  # how its authors tune it: epochs, lr, batch_size, optimizer, eps, lr_factors, augmentation
+    carried = ()  # names of attributes beside the parameters that the next epoch depends on
+    new_phase_refused = tuned_labeler_refused = None  # why it has no new phase, or cannot label for it: a sentence
+
+    def __init__(self, clip_model):
+        super().__init__()
+        self.__dict__["clip_model"] = clip_model  # not a submodule: it is frozen and shared, and must not be saved
+
+    @property
+    def logit_scale(self):
+        return self.clip_model.logit_scale.exp()  # 1/tau
+
+    def image_features(self, images):
+        """f(I) [B, d]: frozen CLIP's, unless the learner prompts the image side."""
+        return frozen_image_features(self.clip_model, images)
+
+    def other_losses(self, images, f):
+        """Its losses besides the cross-entropy, summed: a scalar. images, f: as in mao.py."""
+        return 0.0
+
+    def check(self):
+        """ValueError, FileNotFoundError: something that tuning on its classes needs is missing."""
+
+    def epoch_end(self, epoch, epochs):
+        """Called after each epoch 1..epochs of a phase."""
+
+    def logits(self, f, g):
+        """The scores at test [B, H] of image features f [B, d] and text features g [H, d] (Eq. 3)."""
+        return similarity_logits(f, g, self.logit_scale)
+
+    def forward(self, images, classes=None):
+        """Logits [B, H] of images over all classes, or over those in an index tensor."""
+        f = self.image_features(images)
+        return self.logits(f, self.text_features(classes))
+
+
+class ZeroShot(Learner):
+    """CLIP on fixed prompts, nothing learned: the zero-shot CLIP of the table, and the foundation CLIP of Eq. 7.
+
+    They differ in the template alone. The table's has that of each test set, Eq. 7's is "a photo of a {}.".
+
+    clip_model: of `load_clip`. classnames: C names. template: "a photo of a {}." in the paper (section 2).
+    """
+
+    def __init__(self, clip_model, classnames, template="a photo of a {}."):
+        super().__init__(clip_model)
+        self.template = template
+        self.set_classes(classnames)
+
+    def set_classes(self, classnames, template=None):
+        """Changes to these classes, with the same template or a new one."""
+        if template is not None:
+            self.template = template
+        self.features = zero_shot_text_features(self.clip_model, classnames, [self.template])  # g(c)  [C, d]
+
+    def text_features(self, classes=None):
+        """g of all C classes [C, d], or of those in an index tensor [H, d]."""
+        return self.features if classes is None else self.features[classes]
+
+
+class PromptLearner(Learner):
     """What the prompt learners here share: the textual prompt "{context} {class name}." with the context learned.
 
     clip_model: frozen, of `encoders.load_clip`. classnames: C names, `_` read as a space. n_ctx: L, the number of
@@ -35,11 +107,8 @@ class PromptLearner(nn.Module):
     77 positions leave no room.
     """
 
-    prompts_images = False
-
     def __init__(self, clip_model, classnames, n_ctx, ctx_init=None):
-        super().__init__()
-        self.__dict__["clip_model"] = clip_model  # not a submodule: it is frozen, shared, and not to be saved
+        super().__init__(clip_model)
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"{n_ctx} context vectors: at least 1 is needed")
         width = clip_model.positional_embedding.shape[1]  # w
@@ -71,11 +140,6 @@ class PromptLearner(nn.Module):
         self.start = embedded[0, :1]  # the start token                              [1, w]
         self.suffix = embedded[:, length:]  # [CLASS], ".", end token, padding       [C, S, w]
         self.ends = ends - length  # the end token's position in its suffix          [C]
-        self.encoded = None  # a cache of g [C, d]: some learners' text_features fill it, `take_encoded` empties it
-
-    @property
-    def logit_scale(self):
-        return self.clip_model.logit_scale.exp()  # 1/tau
 
     def deep_text(self):
         """Deep contexts [L, w] of the text side, for `encoders.encode_text`: none unless a learner has them."""
@@ -109,21 +173,6 @@ class PromptLearner(nn.Module):
             suffix, ends = suffix[classes], ends[classes.cpu()]  # [H, S, w], [H]
         return encode_text_fast(self.clip_model, self.prefix(), suffix, ends, self.deep_text())
 
-    def take_encoded(self):
-        """g of all classes [C, d] that the step's `text_features` kept in `encoded`, which is then empty again."""
-        g = self.text_features() if self.encoded is None else self.encoded
-        self.encoded = None
-        return g
-
-    def logits(self, f, g):
-        """The scores at test [B, H] of image features f [B, d] and text features g [H, d] (Eq. 3)."""
-        return similarity_logits(f, g, self.logit_scale)
-
-    def forward(self, images, classes=None):
-        """Logits [B, H] of images over all classes, or over those in an index tensor."""
-        f = self.image_features(images)
-        return self.logits(f, self.text_features(classes))
-
 
 class CoOp(PromptLearner):
     """CoOp [4]: L context vectors on the text side, shared by all classes; the image side is CLIP's own.
@@ -131,12 +180,8 @@ class CoOp(PromptLearner):
     n_ctx: 4 (Table 6). ctx_init: words to start from; L is then the number of their tokens.
     """
 
-    def __init__(self, clip_model, classnames, n_ctx=4, ctx_init=None):
+    def __init__(self, clip_model, classnames, n_ctx: int = 4, ctx_init: str | None = None):
         super().__init__(clip_model, classnames, None if ctx_init else n_ctx, ctx_init)
-
-    def image_features(self, images):
-        """f(I) [B, d] of images [B, 3, h, w]; frozen features [B, d] pass as they are."""
-        return frozen_image_features(self.clip_model, images)
 
 
 class MaPLe(PromptLearner):
@@ -150,7 +195,7 @@ class MaPLe(PromptLearner):
 
     prompts_images = True
 
-    def __init__(self, clip_model, classnames, n_ctx=2, depth=None):
+    def __init__(self, clip_model, classnames, n_ctx: int = 2, depth: int | None = None):
         depth_vision = prompt_depth(getattr(clip_model.visual, "transformer", None), depth)
         depth = min(depth_vision, prompt_depth(clip_model.transformer, depth))
         super().__init__(clip_model, classnames, n_ctx, "a photo of a" if n_ctx <= 4 else None)
@@ -169,37 +214,60 @@ class MaPLe(PromptLearner):
         return [self.proj(self.ctx), *deep]
 
     def image_features(self, images):
-        """f(P_v, I) [B, d] of images [B, 3, h, w], unit length."""
+        """f(P_v, I) [B, d], unit length."""
         context, *deep = self.visual_contexts()
-        return F.normalize(encode_images_fast(self.clip_model, images, context, deep), dim=-1)
+        return F.normalize(encode_images_fast(self.clip_model, pixels(images), context, deep), dim=-1)
 
 
-class PromptSRC(PromptLearner):
+class AllTextFeatures:
+    """For a prompt learner whose other losses need g of all classes: it is encoded once per step, and kept for them."""
+
+    kept = None  # g [C, d]
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        self.kept = None
+
+    def encode_all(self):
+        """g of all classes [C, d], unit length."""
+        return super().text_features()
+
+    def text_features(self, classes=None):
+        """g of all C classes [C, d], or of those in an index tensor [H, d]. All are encoded."""
+        self.kept = self.encode_all()
+        return self.kept if classes is None else self.kept[classes]
+
+    def take_text_features(self):
+        """g of all classes [C, d] from the last `text_features`, once, in the type of the context."""
+        g, self.kept = self.encode_all() if self.kept is None else self.kept, None
+        return g.to(self.ctx.dtype)
+
+
+class PromptSRC(AllTextFeatures, PromptLearner):
     """PromptSRC [6]: independent contexts on both sides before each of the first layers, held near frozen CLIP by three
     losses, and averaged over the epochs.
 
     n_ctx, n_ctx_vision: 4 and 4 (Table 6). The text starts as "a photo of a" (from 5 contexts on, at random). depth,
     depth_vision: 9 and 9, or all layers where there are fewer. text_weight, image_weight: of the L1 losses.
-    average_mean, average_std: of the Gaussian over epochs. MAO's phases have 10 epochs, of which the last weighs 0.996,
-    so that averaging is nearly off, as in the authors' release.
+    average_mean, average_std: of the Gaussian over epochs. MAO's phases have 10 epochs, of which the last weighs 0.996:
+    averaging is nearly off, as in the authors' release.
     """
 
-    prompts_images = True
-    uses_frozen_features = True
-    carried = ["average"]  # from epoch to epoch, beside the prompts
+    prompts_images = needs_frozen_features = True
+    carried = ("average",)
 
     def __init__(
         self,
         clip_model,
         classnames,
-        n_ctx=4,
-        n_ctx_vision=4,
-        depth=None,
-        depth_vision=None,
-        text_weight=25.0,
-        image_weight=10.0,
-        average_mean=15.0,
-        average_std=1.0,
+        n_ctx: int = 4,
+        n_ctx_vision: int = 4,
+        depth: int | None = None,
+        depth_vision: int | None = None,
+        text_weight: float = 25.0,
+        image_weight: float = 10.0,
+        average_mean: float = 15.0,
+        average_std: float = 1.0,
     ):
         depth_vision = prompt_depth(getattr(clip_model.visual, "transformer", None), depth_vision)
         depth = prompt_depth(clip_model.transformer, depth)
@@ -222,31 +290,22 @@ class PromptSRC(PromptLearner):
         """P_v, and the deep contexts of the image side: [L, image width] each."""
         return list(self.visual_prompts)
 
-    def text_features(self, classes=None):
-        """g(P_t), as of any prompt learner. All C classes are encoded, once per step: `other_losses` needs them."""
-        self.encoded = super().text_features()  # [C, d]
-        return self.encoded if classes is None else self.encoded[classes]
-
     def image_features(self, images):
-        """f(P_v, I) [B, d] of images [B, 3, h, w], or of a pair (images, frozen CLIP's features of them)."""
-        images, _ = images if isinstance(images, tuple) else (images, None)
+        """f(P_v, I) [B, d], unit length."""
         context, *deep = self.visual_contexts()
-        return F.normalize(encode_images_fast(self.clip_model, images, context, deep), dim=-1)
+        return F.normalize(encode_images_fast(self.clip_model, pixels(images), context, deep), dim=-1)
 
     def other_losses(self, images, f):
         """The three self-consistency losses over all C classes, each between prompted and frozen CLIP: a scalar.
 
         They are the L1 of text features, the L1 of image features, and KL(frozen || prompted) of the class
-        probabilities, divided by B*C as in the authors' code; weighted and summed. images: as of `image_features`.
-        f: [B, d], what that returned.
+        probabilities, divided by B*C as in the authors' code; weighted and summed. f: [B, d].
         """
-        images, f_0 = images if isinstance(images, tuple) else (images, None)
-        if f_0 is None:
-            f_0 = frozen_image_features(self.clip_model, images)
+        f_0 = frozen_image_features(self.clip_model, images)
         if self.frozen_text is None:  # the mean over 60 templates
             self.frozen_text = zero_shot_text_features(self.clip_model, self.classnames, TEMPLATES)
-        g = self.take_encoded()
-        f, g, f_0, g_0 = (features.to(self.ctx.dtype) for features in (f, g, f_0, self.frozen_text))
+        g = self.take_text_features()
+        f, f_0, g_0 = (features.to(self.ctx.dtype) for features in (f, f_0, self.frozen_text))
         with torch.autocast(f.device.type, enabled=False):
             prompted = (self.logit_scale * f @ g.T).log_softmax(dim=-1)  # [B, C]
             frozen = (self.logit_scale * f_0 @ g_0.T).log_softmax(dim=-1)
@@ -264,6 +323,11 @@ class PromptSRC(PromptLearner):
             self.average[name] += weights[epoch - 1].item() * value
         if epoch == epochs:
             self.load_state_dict(self.average)
+
+
+def pixels(images):
+    """The images [B, 3, h, w] of what `image_features` takes."""
+    return images[0] if isinstance(images, tuple) else images
 
 
 def prompt_depth(transformer, depth):

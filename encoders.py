@@ -9,12 +9,10 @@ Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in 
 """
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from checkpoints import DEMO_WEIGHTS as DEMO_WEIGHTS  # found here too, with the encoders they are for
-from checkpoints import clip as clip
-from checkpoints import load_clip as load_clip
+from harness.clips import clip
+from harness.clips import load_clip as load_clip  # found here too, with the encoders that run it
 
 # The text encoder g ---------------------------------------------------------------------------------------------------
 
@@ -140,8 +138,8 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     return (layer_norm(visual.ln_post, x[:, 0]).to(visual.proj.dtype) @ visual.proj).to(x.dtype)
 
 
-# What the fast forms are made of. Matrices are multiplied in the type of their weights (`checkpoints.in_precision`);
-# what runs from layer to layer, layer norms and features are float32.
+# What the fast forms are made of. Matrices are multiplied in the type of their weights (`clips.in_precision`). The
+# activations between the layers, the layer norms and the features are float32.
 
 
 def project(block, x):
@@ -178,30 +176,10 @@ def tokenize(clip_model, texts):
         tokens = clip.tokenize(texts, context_length=clip_model.context_length)
     except RuntimeError as error:
         longest = max(texts, key=lambda text: len(clip.clip._tokenizer.encode(text)))
-        raise ValueError(
-            f"the prompt '{longest[:20]} ... {longest[-40:]}' does not fit CLIP's {clip_model.context_length} "
-            "positions: take fewer contexts or a shorter name"
-        ) from error
+        text, limit = f"{longest[:20]} ... {longest[-40:]}", clip_model.context_length
+        raise ValueError(f"'{text}' does not fit CLIP's {limit} positions: fewer contexts or a shorter name") from error
     ends = tokens.argmax(dim=-1)  # the end-of-text token has the highest number
     return tokens[:, : ends.max() + 1].to(clip_model.positional_embedding.device), ends
-
-
-def as_clip_reads(name):
-    """What CLIP sees of a class name, a string: two names with the same are one class to it.
-
-    The prompts here read `_` as a space. CLIP's tokenizer composes accents, mends broken Unicode and HTML, joins blanks
-    and lower-cases.
-    """
-    cleaned = clip.simple_tokenizer.basic_clean(name.replace("_", " "))
-    return clip.simple_tokenizer.whitespace_clean(cleaned).lower()
-
-
-def name_finder(names):
-    """A function from a name to the one of `names` that is the same, else the first that CLIP reads so, else None."""
-    exact, read = set(names), {}
-    for name in names:
-        read.setdefault(as_clip_reads(name), name)
-    return lambda name: name if name in exact else read.get(as_clip_reads(name))
 
 
 # CLIP without learned prompts -----------------------------------------------------------------------------------------
@@ -224,40 +202,11 @@ def zero_shot_text_features(clip_model, classnames, templates):
 
 @torch.no_grad()
 def frozen_image_features(clip_model, images):
-    """Frozen CLIP's f(I), unit length [B, d], of images [B, 3, h, w]; features [B, d] pass as they are."""
-    return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)
+    """Frozen CLIP's f(I), unit length [B, d].
 
-
-class ZeroShot(nn.Module):
-    """CLIP on fixed prompts, nothing learned: the zero-shot CLIP of the table, and the foundation CLIP of Eq. 7.
-
-    They differ in the words alone. The table's takes those of each test set, Eq. 7's "a photo of a {}.".
-
-    clip_model: of `load_clip`. classnames: C names. template: "a photo of a {}." in the paper (section 2).
+    images: [B, 3, h, w]. Where these features are known already, they pass as they are: [B, d] alone, or in a pair
+    (images, features).
     """
-
-    prompts_images = False
-
-    def __init__(self, clip_model, classnames, template="a photo of a {}."):
-        super().__init__()
-        self.__dict__["clip_model"] = clip_model  # not a submodule: it is shared, and not to be saved
-        self.template = template
-        self.set_classes(classnames)
-
-    def set_classes(self, classnames, template=None):
-        """Takes these classes instead, in the same words or in those of `template`."""
-        if template is not None:
-            self.template = template
-        self.features = zero_shot_text_features(self.clip_model, classnames, [self.template])  # g(c)  [C, d]
-
-    @property
-    def logit_scale(self):
-        return self.clip_model.logit_scale.exp()  # 1/tau
-
-    def text_features(self, classes=None):
-        """g of all C classes [C, d], or of those in an index tensor [H, d]."""
-        return self.features if classes is None else self.features[classes]
-
-    def image_features(self, images):
-        """f(I) [B, d], as `frozen_image_features`."""
-        return frozen_image_features(self.clip_model, images)
+    if isinstance(images, tuple):
+        return images[1]
+    return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)

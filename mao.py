@@ -22,11 +22,10 @@ A prompt learner, the paper's "backbone", is any object with
     cross_entropy(f, g, targets, classes)
                                  optional: its own, over `classes` (None: all classes), for scores
                                  that are more than a similarity
-    logits(f, g)                 optional, in the same case: its scores at test [B, C]
 
 f and g may have any length: `similarity_logits` scales them. Text that depends on the image is
-[B, H, d]; image_features is called before text_features. What run.py needs besides stands in
-docs/backbone.md.
+[B, H, d]; image_features is called before text_features. docs/backbone.md says what run.py needs
+besides.
 """
 
 import torch
@@ -65,8 +64,11 @@ def alterable_cross_entropy(image_features, text_features, targets, logit_scale)
     return F.cross_entropy(logits, targets.to(logits.device).long())  # mean of -log p(y | I)
 
 
+# The two optional parts of a learner, for objects of other projects, which may lack them.
+
+
 def cross_entropy(learner, f, g, targets, classes=None):
-    """The learner's cross-entropy over the candidates: `alterable_cross_entropy`, or its own.
+    """The learner's own cross-entropy over the candidates, or `alterable_cross_entropy`.
 
     f, g: what it returned for the batch and for `classes` [H] (None: all). targets: int64 [B].
     """
@@ -77,9 +79,9 @@ def cross_entropy(learner, f, g, targets, classes=None):
 
 
 def other_losses(learner, images, f):
-    """The learner's own other losses, "maintained unchanged" (end of section 3.2): a scalar.
+    """The learner's other losses, "maintained unchanged" (end of section 3.2): a scalar; 0 if none.
 
-    images: as its image_features takes them. f: [B, d], what that returned. 0 where it has none.
+    images: as its image_features takes them. f: [B, d], what that returned.
     """
     own = getattr(learner, "other_losses", None)
     return 0.0 if own is None else own(images, f)
@@ -123,10 +125,7 @@ def base_loss(learner, images, labels):
     f = learner.image_features(images)  # f(P_v, I'_b)            [b*K, d]
     g = learner.text_features(classes)  # g(C~'_b)                [H, d]
     if g.shape[-2] != len(classes):
-        raise ValueError(
-            f"text_features(classes) gave {g.shape[-2]} rows for {len(classes)} classes: "
-            "it must return those of `classes` alone, in their order"
-        )
+        raise ValueError(f"text_features gave {g.shape[-2]} rows for {len(classes)} `classes`")
     loss = cross_entropy(learner, f, g, targets, classes)  # Eqs. 5 and 6
     return loss + other_losses(learner, images, f)  # over all base classes, as without MAO
 
@@ -139,8 +138,7 @@ def new_loss(learner, images, pseudo_labels):
 
     images: I_n, B of them without labels, as the learner's image_features takes them.
     pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes:
-    run.py's `set_classes` tokenized their names once, before the phase. Features are normalized in
-    each loss again, which costs nothing measurable. Returns a scalar with a gradient.
+    run.py calls `set_classes` once, before the phase. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]
@@ -148,37 +146,18 @@ def new_loss(learner, images, pseudo_labels):
     return loss + other_losses(learner, images, f)
 
 
-def soft_new_loss(learner, images, probabilities):
-    """Not the paper's: as `new_loss`, with the labeler's probabilities [B, C_n] for targets.
-
-    This is distillation from the zero-shot CLIP. ValueError: the learner's cross-entropy is its own
-    and takes labels.
-    """
-    if hasattr(learner, "cross_entropy"):
-        raise ValueError("this learner's own cross-entropy takes labels, not probabilities")
-    f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
-    logits = similarity_logits(f, learner.text_features(), learner.logit_scale)  # [B, C_n]
-    loss = F.cross_entropy(logits, probabilities.to(logits))
-    return loss + other_losses(learner, images, f)
-
-
-# What would otherwise broadcast to a wrong loss without a word.
+# Wrong shapes would broadcast to a wrong loss without a word.
 
 
 def check_features(f, g):
     """ValueError: shapes other than f [B, d] and g [H, d], or g [B, H, d]."""
     one_width = f.ndim == 2 and g.ndim in (2, 3) and g.shape[-1] == f.shape[1]
     if not one_width or (g.ndim == 3 and len(g) != len(f)):
-        raise ValueError(
-            f"image features of shape {tuple(f.shape)} and text features of shape {tuple(g.shape)} "
-            "do not go together: give [B, d] and [H, d], or [B, H, d] for text that depends on it"
-        )
+        shapes = f"{tuple(f.shape)} and text features {tuple(g.shape)}"
+        raise ValueError(f"image features {shapes} must be [B, d] and [H, d] or [B, H, d]")
 
 
 def check_labels(labels):
     """ValueError: labels other than ints in one dimension, [B]."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels must be ints of shape [B], and are {labels.dtype} of shape "
-            f"{tuple(labels.shape)}: give class numbers"
-        )
+        raise ValueError(f"labels must be ints [B], not {labels.dtype} {tuple(labels.shape)}")

@@ -1,16 +1,12 @@
-"""Names what is on images of your own by tuned prompts, and writes it as CSV: path, class, confidence.
+"""Classifies your images with tuned prompts, and writes the result as CSV: path, class, confidence.
 
     python predict.py photo.jpg --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt
     python predict.py photos --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt --out photos.csv
+    python predict.py --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt --export model.onnx
 
 The confidence is the probability of that class among the candidates (Eq. 3). An image that cannot be read has a row
 without a class; the command then ends with exit code 1.
 """
-
-if __name__ == "__main__":
-    from cli import catch_early_interrupt
-
-    catch_early_interrupt()  # the imports below take seconds
 
 import csv
 import io
@@ -19,189 +15,153 @@ import pathlib
 import sys
 
 import torch
+from msgspec.structs import asdict
 from tqdm import tqdm
 
-from backbones import PromptLearner
-from checkpoints import load_clip_of
-from cli import Parser, at_least, end, printable
-from data import read_names
-from evaluate import build_learner, finite, fit_state, scorer
-from export import export
-from images import (
-    FolderReader,
-    Images,
-    UnreadableImage,
-    default_workers,
-    find_images,
-    loader,
-    model_input,
-    test_transform,
-)
-from record import read_header, read_prompts, telling, whole
+from backbones import BACKBONES
+from baselines import BASELINES
+from harness import images, runs
+from harness.cli import printable, run_main
+from harness.clips import load_clip_of
+from harness.export import export
+from harness.files import open_atomic, wrap_os_errors
+from harness.folders import read_names
+from harness.options import Parser, Workers, checked
+from harness.scores import check_finite, scorer
 
-MANY = 1000  # class names that are encoded at a time
+LEARNERS = BACKBONES | BASELINES
 
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
-    """The prompt learner of a file that run.py wrote, before the names that it was tuned on: (learner, its CLIP).
+    """The prompt learner of a file that run.py wrote, with these class names: (learner, the file's header, a dict).
 
-    classnames: those to come, for a file of an older version, which does not name its own. clip: where
-    that CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
+    clip: where its CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
     """
-    header = read_header(prompt)
-    try:
-        clip_model, sha256 = load_clip_of(header, device, clip)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{prompt} needs its CLIP: {error}") from error
-    state = read_prompts(prompt, header["backbone"], sha256)
-    learner = build_learner(header, clip_model, header.get("classnames", classnames), f"the header of {prompt}")
-    fit_state(learner, state, f"the header of {prompt}")
-    return learner, clip_model
-
-
-@torch.no_grad()
-def encode_names(learner, classnames):
-    """Puts a learner before class names, and returns their text features g [C, d] where they are many, else None.
-
-    Many names are encoded a thousand at a time, so that memory does not grow with them; the learner then holds the last
-    of them alone. A learner with scores of its own, or text that depends on the image, holds them all.
-    """
-    by_similarity = getattr(type(learner), "logits", PromptLearner.logits) is PromptLearner.logits
-    if len(classnames) <= MANY or not by_similarity or getattr(learner, "text_depends_on_image", False):
+    header = runs.read_header(prompt)
+    clip_model, sha256 = load_clip_of(asdict(header), device, clip)
+    state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
+    tuned_on = header.classnames or classnames  # an older file does not name them
+    learner = runs.build_learner(LEARNERS, header.backbone, header.settings, clip_model, tuned_on, state, where)
+    with torch.no_grad():
         learner.set_classes(classnames)
-        return None
-    parts = []
-    for start in tqdm(range(0, len(classnames), MANY), "class names", unit="thousand"):
-        learner.set_classes(classnames[start : start + MANY])
-        parts.append(learner.text_features())
-    return torch.cat(parts)
+    return learner, asdict(header)
 
 
-class ImagesOrTroubles(Images):
-    """An `Images` that goes on past what it cannot read: (uint8 [3, pixels, pixels], what is wrong with it or "")."""
+class ImagesOrErrors(images.Images):
+    """An `images.Images` that goes on after an unreadable one: (uint8 [3, pixels, pixels], the error or "")."""
 
     def __init__(self, paths, read, pixels):
-        super().__init__(paths, read, test_transform(pixels))
+        super().__init__(paths, read, images.test_transform(pixels))
         self.pixels = pixels
 
     def __getitem__(self, index):
         try:
             return super().__getitem__(index)[0], ""
-        except UnreadableImage as error:
+        except images.UnreadableImage as error:
             return torch.zeros(3, self.pixels, self.pixels, dtype=torch.uint8), str(error)
 
 
 @torch.no_grad()
-def predict(learner, batches, device="cpu", g=None):
-    """Yields, batch by batch, the probabilities [B, C] of the classes (Eq. 3), and what is wrong with each image or "".
+def predict(learner, batches, device="cpu"):
+    """Yields, batch by batch, the probabilities [B, C] of the classes (Eq. 3), and each image's error or "".
 
-    batches: a loader of an `ImagesOrTroubles`. g: of `encode_names`.
+    batches: a loader of an `ImagesOrErrors`.
     """
-    logits = scorer(learner, g)
-    for images, wrong in tqdm(batches, unit="batch"):
-        yield finite(logits(model_input(images.to(device)))).float().softmax(dim=-1).cpu(), wrong
+    logits = scorer(learner)
+    for pixels, errors in tqdm(batches, unit="batch"):
+        yield check_finite(logits(images.model_input(pixels.to(device)))).float().softmax(dim=-1).cpu(), errors
 
 
 def write_table(out, paths, classes, batches):
-    """The CSV file `out`: of each path the class of highest probability, and that; nothing where there is trouble.
+    """The CSV file `out`: of each path the class of the highest probability, and that; nothing where there is an error.
 
-    The rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
+    Rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
     `predict`. Yields each batch again when it is written. OSError: it cannot be written.
     """
     paths = iter(paths)
-    with whole(out) as file:
+    with open_atomic(out) as file:
         table = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
         rows = csv.writer(table)
         rows.writerow(["path", "class", "confidence"])
-        for probabilities, troubles in batches:
+        for probabilities, errors in batches:
             confidences, best = probabilities.max(dim=-1)
-            with telling(out):
-                for label, confidence, wrong in zip(best.tolist(), confidences.tolist(), troubles):
-                    cells = ["", ""] if wrong else [harmless(classes[label]), f"{confidence:.4f}"]
-                    rows.writerow([harmless(str(next(paths))), *cells])
-            yield probabilities, troubles
-        with telling(out):
+            with wrap_os_errors(out):
+                for label, confidence, error in zip(best.tolist(), confidences.tolist(), errors):
+                    cells = ["", ""] if error else [no_formula(classes[label]), f"{confidence:.4f}"]
+                    rows.writerow([no_formula(str(next(paths))), *cells])
+            yield probabilities, errors
+        with wrap_os_errors(out):
             table.detach()
 
 
-def harmless(text):
-    """A cell that no spreadsheet takes for a formula: one that begins like it gets an apostrophe before it."""
+def no_formula(text):
+    """A cell that no spreadsheet takes for a formula: one that begins like one gets an apostrophe before it."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def arguments():
+def parse(arguments=None):
     """The command line of predict.py. ValueError, FileNotFoundError: what it names cannot be used."""
     parser = Parser("predict.py", __doc__)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
-    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder, its subfolders "
-        "included")
+    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder with subfolders")
     add("--prompt", required=True, metavar="FILE", help="prompts that run.py left: new.safetensors for the new "
         "classes, base.safetensors for the base classes")
     add("--classes", required=True, metavar="FILE", help="the candidates' names, one per line")
     add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
     add("--export", type=pathlib.Path, metavar="FILE", help="write the tuned classifier for other programs: "
-        ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (see export.py)")
-    add("--clip", metavar="NAME|FILE", help="the frozen CLIP, if it is not where the run had it")
-    add("--device", choices=["cpu", "cuda"], default=device, help="default: cuda where there is one")
-    add("--workers", type=at_least(0, 1000), metavar="N", help="load images (default: one per core, at most 8; none "
-        "for one image)")
+        ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (harness/export.py)")
+    add("--clip", metavar="CLIP", help="the frozen CLIP, if it is not where the run had it")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
     # fmt: on
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.images is None and args.export is None:
         raise ValueError("nothing to do: give an image or a folder, or --export FILE")
-    written = {"--out": args.out, "--export": args.export}
+    if args.images is not None and not args.images.exists():
+        raise FileNotFoundError(f"there is no image or folder {args.images}: give one")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    written = {"--out": args.out, "--export": args.export}
+    named = {"--prompt": args.prompt, "--classes": args.classes, "the image": args.images, **written}
     for option, path in written.items():
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{option} {path} must be a file in a folder that is there: give another")
-    read = {"--prompt": args.prompt, "--classes": args.classes, "the image": args.images}
-    for option, path in written.items():
-        for other, there in {**read, **written}.items():
-            if other == option or path is None or there is None:
-                continue
-            if os.path.realpath(path) == os.path.realpath(there):
+            raise ValueError(f"{option} {path} must be a file in a folder that exists: give another")
+        for other, there in named.items():
+            if path and there and other != option and os.path.realpath(path) == os.path.realpath(there):
                 raise ValueError(f"{option} {path} is {other} too, which it would replace: give another file")
-    if args.export is not None and args.export.suffix == ".onnx":
-        args.device = "cpu"  # an ONNX file is for any device
-    if args.images is None:
-        return args
-    if not args.images.exists():
-        raise FileNotFoundError(f"there is no image or folder {args.images}: give one")
-    if args.workers is None:
-        args.workers = 0 if args.images.is_file() else default_workers()
     return args
 
 
-def main():
+def main(arguments=None):
     """Exports the classifier, predicts, or both. Returns what `classify` does."""
-    args = arguments()
+    args = parse(arguments)
+    onnx = args.export is not None and args.export.suffix == ".onnx"  # an ONNX file is for any device
+    device = "cpu" if onnx else args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     classes = read_names(args.classes)
-    learner, clip_model = load_learner(args.prompt, classes, args.clip, args.device)
-    g = encode_names(learner, classes)
+    learner, header = load_learner(args.prompt, classes, args.clip, device)
     if args.export is not None:
-        export(args.export, learner, read_header(args.prompt), classes, clip_model.visual.input_resolution, g)
+        export(args.export, learner, header, classes)
         print(printable(f"{len(classes)} classes in {args.export}"))
     if args.images is not None:
-        return classify(args, learner, g, clip_model, classes)
+        return classify(args, learner, classes, device)
 
 
-def classify(args, learner, g, clip_model, classes):
+def classify(args, learner, classes, device):
     """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
 
     UnreadableImage: the single image could not be.
     """
-    single = args.images.is_file()
-    folder, names = (args.images.parent, [args.images.name]) if single else (args.images, find_images(args.images))
-    images = ImagesOrTroubles(names, FolderReader(folder), clip_model.visual.input_resolution)
-    batches, wrong = loader(images, args.workers, prefetch_factor=1, batch_size=64), []
-    found = predict(learner, batches, args.device, g)
-    for probabilities, troubles in write_table(args.out, (folder / name for name in names), classes, found):
-        wrong += [trouble for trouble in troubles if trouble]
+    single, folder = args.images.is_file(), args.images
+    names, folder = ([folder.name], folder.parent) if single else (images.find_images(folder), folder)
+    dataset = ImagesOrErrors(names, images.FolderReader(folder), learner.clip_model.visual.input_resolution)
+    workers = args.workers if args.workers is not None else 0 if single else images.default_workers()
+    batches, wrong = images.loader(dataset, workers, prefetch_factor=1, batch_size=64), []
+    found = predict(learner, batches, device)
+    for probabilities, errors in write_table(args.out, (folder / name for name in names), classes, found):
+        wrong += [error for error in errors if error]
         if single and wrong:
-            raise UnreadableImage(wrong[0])
+            raise images.UnreadableImage(wrong[0])
         top = probabilities[0].topk(min(5, len(classes)))
     if single:
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
@@ -214,4 +174,4 @@ def classify(args, learner, g, clip_model, classes):
 
 
 if __name__ == "__main__":
-    end("predict.py", main)
+    run_main("predict.py", main)

@@ -39,26 +39,3 @@ class PseudoLabeler:
         with torch.autocast(f.device.type, enabled=False):
             f = F.normalize(f.to(self.g.dtype), dim=-1)  # f(i_n) / ||f(i_n)||         [B, d]
             return (self.logit_scale * f @ self.g.T).softmax(dim=-1)  # <f, g> / tau   [B, C_n]
-
-
-# What the paper does not do, for comparison: docs/results.md, "What the scores hide".
-
-
-def confident(probabilities, threshold=0.9):
-    """Which images of p [B, C_n] to take: bool [B], those whose Top-1 has at least `threshold`."""
-    return probabilities.max(dim=-1).values >= threshold
-
-
-def balanced(probabilities, count):
-    """The same number of images for each new class (UPL), of p [N, C_n] over all N images.
-
-    A class gets its `count` most confident images among those whose Top-1 it is; where there are
-    fewer, other images follow, by their probability of that class (FPL). So an image may come up
-    for two classes. Returns indices and labels, int64 [C_n * count]; `count` is at most N.
-    """
-    top1, indices = probabilities.argmax(dim=-1), []
-    for label in range(probabilities.shape[1]):
-        rank = probabilities[:, label] + (top1 == label)  # its own come first, as p <= 1
-        indices.append(rank.argsort(descending=True, stable=True)[:count])
-    labels = torch.arange(len(indices)).repeat_interleave(len(indices[0]))
-    return torch.cat(indices).cpu(), labels

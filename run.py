@@ -1,237 +1,241 @@
-"""Tunes prompts with and without MAO on a few-shot task, base-to-new unless told otherwise, and scores them (Table 1).
+"""MAO: tunes prompts in two phases, with and without MAO, and scores them on base and new classes (Table 1).
 
-    python run.py                                        the embedded demo: no network, no GPU, some 3 minutes
+    python run.py                                        the embedded demo: no network, no GPU, some 2 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
-    python run.py --dataset imagenet --protocol cross-dataset --targets all                       Table 2
-    python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            images of your own
+    python run.py --dataset imagenet --protocol cross-dataset                                     Table 2
+    python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            your own images
     python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
-    python run.py --resume                               goes on where a stopped run was
+    python run.py --resume                               continues a stopped run
 
 Each row of the table leaves its prompts and scores in a folder under --out.
 """
 
+from harness import options
+
 if __name__ == "__main__":
-    from cli import catch_early_interrupt
+    options.parse(description=__doc__)  # --help and wrong options answer here: the imports below take seconds
 
-    catch_early_interrupt()  # the imports below take seconds
-
+import copy
+import math
 import pathlib
 
 import torch
-from torch.nn.functional import one_hot, pad
+from msgspec.structs import asdict, replace
 
-import evaluate
-import settings
-from checkpoints import load_clip_of
-from cli import end, printable, warn
-from data import task_of
-from encoders import ZeroShot
-from images import (
-    Images,
-    ShuffledBatches,
-    Views,
-    loader,
-    model_input,
-    randaugment_transform,
-    test_transform,
-    train_transform,
-)
-from mao import backbone_loss, base_loss, candidates, new_loss, soft_new_loss
-from phase import Phase
-from pseudolabel import PseudoLabeler, balanced, confident
-from record import Record, alone, folder_name, read_prompts
-from rivals import BACKBONES  # the paper's three, and the six rivals
+from backbones import BACKBONES, Learner, ZeroShot
+from baselines import BASELINES, labelers, samplers
+from data import open_task
+from harness import runs, scores
+from harness.cli import printable, run_main, warn
+from harness.clips import load_clip_of
+from harness.images import ShuffledBatches
+from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer
+from mao import backbone_loss, base_loss, candidates, new_loss
+from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler
 
-
-def main(arguments=None):
-    args = settings.parse(arguments, __doc__)
-    if args.eval:
-        for folder in args.eval:
-            evaluate.score_again(folder, args.device, args.workers, args.root, args.clip, args.threads)
-        return
-
-    torch.set_num_threads(args.threads)
-    task = task_of(vars(args), args.download)
-    clip_model, sha256 = load_clip_of(vars(args), args.device)
-    settings.fit(args, task, clip_model)
-    settings.tell_precision(args)
-    zero_shot = ZeroShot(clip_model, task.base_names)
-    tests = evaluate.Tests(task, zero_shot, args.device, args.workers)
-
-    rows = []
-    for method in args.method:
-        row = settings.row(args, method, task)
-        name = folder_name(args.dataset, args.backbone, method, args.seed, args.changed)
-        with alone(pathlib.Path(args.out) / name):
-            in_force = settings.in_force(row, task, sha256)
-            record = Record(pathlib.Path(args.out) / name, in_force, args.resume, args.force)
-            if record.finished:
-                warn(f"{record.folder} is there already: its scores are shown; --force tunes it again")
-                rows.append((method, record.finished))
-                continue
-            record.lists(task.lists)
-            if method == "zeroshot":
-                learner, states = zero_shot, None
-            else:
-                learner, states = tune(clip_model, task, row, record)
-            scores = evaluate.score(learner, states, task, tests)
-            rows.append((method, record.result(scores, learner)))
-            if args.plot:
-                from experiments.figures import plot  # with matplotlib, which nothing else here needs
-
-                plot(record.folder)
-    evaluate.show(vars(args), rows, BACKBONES[args.backbone].__name__)
-    print(printable(f"The last row's prompts and scores are in {record.folder}, the others' beside it."))
+# What can be exchanged: prompt learner, batches of the base phase, pseudo-labels of the new phase --------------------
 
 
-def tune(clip_model, task, args, record):
-    """Tunes one row: the plain backbone in one phase of 20 epochs, MAO in two of 10 (section 3.2, `settings.RECIPES`).
+def hard_negatives(learner, task, args):
+    """The paper's (Eq. 4): b anchors, each with images of the K - 1 classes whose names are nearest to its own."""
+    labels = [label for _, label, _ in task.base_train]
+    return HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
 
-    Where there are no new classes, MAO is its base phase alone. clip_model: frozen. task: a `data.Task`. args: of
-    `settings.row`; base_recipe and new_recipe have the epochs of each phase, None where there is no such phase.
-    record: the row's `Record`. Returns the learner, and its state dicts {"base", "new"}: after phase 1 and after the
-    last one. ValueError: tuning diverged.
+
+def random_images(learner, task, args):
+    """The backbone's: random images."""
+    return ShuffledBatches(len(task.base_train), args.base.batch_size, args.seed)
+
+
+def foundation_labels(learner, task, args):
+    """The paper's (Eq. 7): the Top-1 of the foundation CLIP with "a photo of a {}.", of each augmented view."""
+    labeler = PseudoLabeler(ZeroShot(learner.clip_model, task.new_names, task.label_template))
+    return lambda images, indices: (images, indices, labeler(images)[0]), task
+
+
+def tuned_labels(learner, task, args):
+    """Table 5's other row: the Top-1 of the prompts as phase 1 left them."""
+    tuned = LEARNERS[args.backbone](learner.clip_model, task.base_names, **args.learner_settings)
+    tuned.load_state_dict(learner.state_dict())
+    tuned.set_classes(task.new_names)
+    labeler = PseudoLabeler(tuned)
+    return lambda images, indices: (images, indices, labeler(images)[0]), task
+
+
+LEARNERS = BACKBONES  # CoOp, MaPLe, PromptSRC
+LEARNERS.update(BASELINES)
+SAMPLERS = {"hard": hard_negatives, "random": random_images, **samplers.SAMPLERS}
+LABELERS = {"clip": foundation_labels, "tuned": tuned_labels, **labelers.LABELERS}
+
+# The two phases -------------------------------------------------------------------------------------------------------
+
+
+def tune(learner, task, args, record):
+    """Tunes one row: the plain backbone in one phase of 20 epochs, MAO in two of 10 (section 3.2, `options.RECIPES`).
+
+    learner: holds the base classes. task: a `data.Task`. args: an `options.Config`, whose `base` and `new` are the
+    recipes of the phases, None where the row does not have the phase. record: the row's `runs.Record`.
+    Returns the state dicts {"base", "new"}, after phase 1 and after the last phase. ValueError: tuning diverged.
     """
-    torch.manual_seed(args.seed)
-    learner = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
-    if hasattr(learner, "sentences"):  # CoPrompt's
-        learner.sentences = settings.read_sentences(args)
     if record.state is None or record.state["phase"] == "base":
-        base_phase(learner, clip_model, task, args, record)
+        base_phase(learner, task, args, record)
     else:  # --resume, of a run that was stopped in the new phase
-        learner.load_state_dict(
-            read_prompts(record.folder / "base.safetensors", args.backbone, record.config["clip_sha256"])
-        )
-    states = {"base": {name: value.clone() for name, value in learner.state_dict().items()}}
-    if args.new_recipe is not None:
-        new_phase(learner, clip_model, task, args, record)
-    states["new"] = {name: value.clone() for name, value in learner.state_dict().items()}
-    return learner, states
+        prompts = record.folder / "base.safetensors"
+        learner.load_state_dict(runs.read_prompts(prompts, args.backbone, args.clip_sha256))
+    states = {"base": copy.deepcopy(learner.state_dict())}  # these score the base classes
+    if args.new is not None:
+        new_phase(learner, task, args, record)
+    states["new"] = copy.deepcopy(learner.state_dict())  # these score the new classes
+    return states
 
 
-def base_phase(learner, clip_model, task, args, record):
-    """Phase 1 tunes on labeled images of the base classes: MAO's (section 3.2) or the plain backbone's (section 3.1).
-
-    Arguments as of `tune`; the learner is changed in place.
-    """
-    paths, all_labels = [path for path, _, _ in task.base_train], [label for _, label, _ in task.base_train]
-    dataset = Images(paths, task.read, augmentation(learner, clip_model, task, args), all_labels)
+def base_phase(learner, task, args, record):
+    """Phase 1: labeled images of the base classes, with MAO (section 3.2) or without (section 3.1)."""
     mao = args.method == "mao" and not args.no_base
-    if mao:
-        batches = HardNegativeSampler(all_labels, task.base_names, args.anchors, args.top_k, args.seed)  # Eq. 4
-    else:
-        batches = ShuffledBatches(len(dataset), args.base_recipe.batch_size, args.seed)
+    sampler = SAMPLERS[args.sampler if mao else "random"](learner, task, args)  # "hard": Eq. 4
+    loss_of = base_loss if mao and not args.no_reg_base else backbone_loss  # Eq. 6, or Eq. 2
+    batches = PhaseBatches(1, learner, task, sampler, args)
+    optimizer = make_optimizer(learner, args.base.lr, args.recipe)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")  # otherwise it changes nothing
+    for epoch in record.epochs_left("base", args.base.epochs, len(batches), learner, optimizer, scaler):
+        set_learning_rate(optimizer, epoch, args.base.epochs)
+        for images, labels in batches.of(epoch):  # I'_b [b*K, 3, h, w], T'_b [b*K]
+            loss = loss_of(learner, images, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            record.step(loss, len(candidates(labels)[0]) if loss_of is base_loss else len(task.base_names))
+        learner.epoch_end(epoch, args.base.epochs)
+        record.end_epoch("base", epoch, learner, optimizer, scaler)
 
-    phase = Phase("base", args.base_recipe, learner, dataset, batches, args, record, clip_model)
-    for _ in phase.epochs():
-        for images, labels in phase.batches():
-            if mao and not args.no_reg_base:
-                loss = base_loss(learner, images, labels)  # Eq. 6
-                size = len(candidates(labels)[0])  # H
-            else:
-                loss = backbone_loss(learner, images, labels)  # Eq. 2
-                size = len(task.base_names)  # C_b
-            phase.step(loss, size)
-        phase.end_epoch()
 
-
-def new_phase(learner, clip_model, task, args, record):
-    """Phase 2 goes on with unlabeled images of the new classes and pseudo-labels (section 3.3).
-
-    Arguments as of `tune`; the learner is changed in place.
-    """
-    foundation = ZeroShot(clip_model, task.new_names, task.label_template)  # "a photo of a {}."
-    if args.pseudo_labeler == "clip":
-        labeler = PseudoLabeler(foundation)
-    else:  # Table 5's other row: the prompts as phase 1 left them
-        tuned = BACKBONES[args.backbone](clip_model, task.base_names, **args.settings)
-        tuned.load_state_dict(learner.state_dict())
-        tuned.set_classes(task.new_names)
-        labeler = PseudoLabeler(tuned)
+def new_phase(learner, task, args, record):
+    """Phase 2 (section 3.3): the prompts of phase 1 are tuned on, with unlabeled images of the new classes."""
+    label, task = LABELERS[args.labeler](learner, task, args)  # "clip": Eq. 7
+    loss_of = labelers.soft_new_loss if args.labeler == "soft" else new_loss  # Eq. 8
+    learner.set_classes(task.new_names)  # C_n, which supersede the base classes
+    first = 0
     if args.no_reg_new:  # Table 4 (c): the base classes stay candidates, before the new ones
         learner.set_classes(task.base_names + task.new_names)
         first = len(task.base_names)
-    else:  # the new classes supersede them
-        learner.set_classes(task.new_names)
-        first = 0
-    transform = augmentation(learner, clip_model, task, args)
-    paths, chosen = task.new_train, torch.arange(len(task.new_train))
-    known = None  # the paper's way. Otherwise the probabilities are known beforehand: options that it does not have.
-    if args.pseudo_label_view == "center" or args.pseudo_labels == "balanced":
-        known = label_whole_images(labeler, foundation, task, args)  # [N, C_n]
-    if args.pseudo_labels == "balanced":
-        chosen, labels = balanced(known, args.unlabeled_shots)
-        paths, known = [paths[index] for index in chosen], one_hot(labels, known.shape[1]).float()
-    dataset = Images(paths, task.new_read, transform)  # I_n: no labels, each image comes with its index
-    batches = ShuffledBatches(len(dataset), args.new_recipe.batch_size, args.seed)
-
-    phase = Phase("new", args.new_recipe, learner, dataset, batches, args, record, clip_model)
-    for _ in phase.epochs():
-        seen, guesses = [], []  # indices and pseudo-labels; which of them are right only the evaluation knows
-        for images, indices in phase.batches():  # one view each: CoPrompt, which has two, has no new phase
-            # f(i_n) of frozen CLIP, once for labeler and learner; --cache-views brings it along
-            images, frozen = images if isinstance(images, tuple) else (images, foundation.image_features(images))
-            if known is None:
-                p = labeler.probabilities(inputs(labeler.classifier, images, frozen))  # of the view as it comes
-            else:
-                p = known[indices]
-            pseudo_labels = p.argmax(dim=-1)  # Eq. 7
-            images = inputs(learner, images, frozen)
-            if args.pseudo_labels == "confident":  # not the paper's, nor is "soft" below
-                keep = confident(p, args.confidence)
-                if not keep.any():
-                    phase.skip()
-                    continue
-                images, pseudo_labels, indices = take(images, keep), pseudo_labels[keep], indices[keep.cpu()]
-            if args.pseudo_labels == "soft":
-                loss = soft_new_loss(learner, images, pad(p, (first, 0)))
-            else:
-                loss = new_loss(learner, images, pseudo_labels + first)  # Eq. 8
-            phase.step(loss, first + len(task.new_names))
-            seen.append(indices)
-            guesses.append(pseudo_labels.cpu())
-        phase.end_epoch(evaluate.pseudo_label_accuracy(task.new_answers, chosen, seen, guesses))
+    sampler = ShuffledBatches(len(task.new_train), args.new.batch_size, args.seed)
+    batches = PhaseBatches(2, learner, task, sampler, args)  # indices instead of labels
+    optimizer = make_optimizer(learner, args.new.lr, args.recipe)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    for epoch in record.epochs_left("new", args.new.epochs, len(batches), learner, optimizer, scaler):
+        set_learning_rate(optimizer, epoch, args.new.epochs)
+        labeled = []  # indices and pseudo-labels; only the evaluation knows which of them are right
+        for images, indices in batches.of(epoch):  # I_n [B, 3, h, w], and frozen CLIP's f(i_n) [B, d]
+            images, indices, pseudo_labels = label(images, indices)  # Eq. 7: t^_n [B]
+            if not len(indices):  # "confident" found none in this batch
+                record.step()
+                continue
+            loss = loss_of(learner, images, pseudo_labels + first)  # Eq. 8
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            record.step(loss, first + len(task.new_names))
+            labeled.append((indices, pseudo_labels))
+        learner.epoch_end(epoch, args.new.epochs)
+        right = scores.pseudo_label_accuracy(task.new_answers, labeled)
+        record.end_epoch("new", epoch, learner, optimizer, scaler, **right)
 
 
-@torch.no_grad()
-def label_whole_images(labeler, foundation, task, args):
-    """p [N, C_n] of all unlabeled images, each seen once, as CLIP's own preprocessing shows it."""
-    pixels = foundation.clip_model.visual.input_resolution
-    found = []
-    for images, _ in loader(Images(task.new_train, task.new_read, test_transform(pixels)), args.workers, batch_size=64):
-        images = model_input(images.to(args.device))
-        found.append(labeler.probabilities(inputs(labeler.classifier, images, foundation.image_features(images))))
-    return torch.cat(found)
+def set_learning_rate(optimizer, epoch, epochs):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(epoch, epochs, group["highest_lr"])
 
 
-def take(images, keep):
-    """Those images that are to be kept, of what `inputs` gave. keep: bool [B]."""
-    return tuple(part[keep] for part in images) if isinstance(images, tuple) else images[keep]
+def learning_rate(epoch, epochs, lr):
+    """The rate of an epoch in 1..epochs: one epoch of warm-up, then a cosine, as in the authors' release.
 
-
-def augmentation(learner, clip_model, task, args):
-    """The transform of training images: CoOp's, unless the learner's recipe has another; as many views as it wants."""
-    pixels = clip_model.visual.input_resolution
-    if args.augmentation == "randaugment":
-        transform = randaugment_transform(pixels)
-    else:
-        transform = train_transform(pixels, task.crop_scale)
-    views = getattr(learner, "views", 1)
-    return transform if views == 1 else Views(transform, views)
-
-
-def inputs(learner, images, frozen):
-    """What a learner's image_features takes of images [B, 3, h, w] and frozen CLIP's features [B, d] of them.
-
-    CoOp takes the features, PromptSRC the pair (images, features), MaPLe the images.
+    The cosine is stepped once per epoch. Epoch 2 has lr itself. The rate would reach 0 two epochs after the last one.
+    So the last rate is 2% of lr in a phase of 20 epochs, 10% in one of 10, 35% in one of 5. The paper does not say.
     """
-    if not learner.prompts_images:
-        return frozen
-    if getattr(learner, "uses_frozen_features", False):
-        return images, frozen
-    return images
+    if epoch == 1:
+        return options.WARMUP_LR
+    return lr / 2 * (1 + math.cos(math.pi * (epoch - 2) / epochs))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    choices = {"backbone": LEARNERS, "sampler": SAMPLERS, "labeler": LABELERS}
+    typed = options.parse(arguments, __doc__, choices)
+    for folder in typed.eval:
+        score_again(pathlib.Path(folder), typed)
+    if typed.eval:
+        return
+    learner_class = LEARNERS[typed.backbone]
+    options.check_learner(typed, learner_class)
+    args = machine_defaults(typed)
+    task = open_task(args)
+    clip_model, sha256 = load_clip_of(asdict(args), args.device)
+    args = fill_defaults(args, task, learner_class)
+    zero_shot = ZeroShot(clip_model, task.base_names)
+    tests = scores.TestImages(task, zero_shot, args.device, args.workers)
+    check_names(learner_class(clip_model, task.base_names, **options.learner_settings(args, learner_class)), task)
+
+    rows = []
+    for method in args.method:
+        config = runs.row_settings(args, method, learner_class, task, sha256)
+        folder = pathlib.Path(args.out) / runs.folder_name(typed, method)
+        with runs.run_lock(folder):
+            record = runs.Record(folder, config, args.resume, args.force)
+            if record.result:
+                warn(f"{folder} is there already: its scores are shown; --force tunes it again")
+            else:
+                record.write_lists(task.lists)
+                learner, states = zero_shot, None
+                if method != "zeroshot":
+                    torch.manual_seed(args.seed)
+                    learner = learner_class(clip_model, task.base_names, **config.learner_settings)
+                    states = tune(learner, task, config, record)
+                record.finish(scores.score(learner, states, task, tests), learner)
+            rows.append((method, record.result))
+    scores.print_table(args, rows, learner_class.__name__)
+    print(printable(f"The last row's prompts and scores are in {folder}, the others' beside it."))
+
+
+def check_names(learner, task):
+    """ValueError: what the learner needs for its classes is missing, or a class name does not fit into its prompt."""
+    if not isinstance(learner, Learner):
+        raise ValueError(f"{type(learner).__name__} is not a backbones.Learner: derive it (docs/backbone.md)")
+    learner.check()
+    for names in (task.base_names, task.new_names or task.base_names, *(test.names for test in task.tests.values())):
+        learner.set_classes(names)
+
+
+def score_again(folder, typed):
+    """Scores a finished row again from its prompts, and prints the table.
+
+    typed: the settings given with --eval, such as where data and CLIP are now. ValueError, FileNotFoundError: a broken
+    folder, a row that is not finished, or other data than the run had.
+    """
+    config, result = runs.read_config(folder), runs.read_result(folder)
+    if result is None:
+        raise ValueError(f"{folder} is not finished: run.py with the same options and --resume continues it")
+    given = {name: getattr(typed, name) for name in ("root", "clip", "threads") if getattr(typed, name) is not None}
+    config = machine_defaults(replace(config, device=typed.device, workers=typed.workers, **given))
+    task = open_task(config, runs.read_lists(folder))
+    runs.check_data(folder, config, task)
+    clip_model, sha256 = load_clip_of(asdict(config), config.device)
+    learner, states = ZeroShot(clip_model, task.base_names), None
+    tests = scores.TestImages(task, learner, config.device, config.workers)
+    if config.method != "zeroshot":
+        name, where = config.backbone, folder / "config.json"
+        states = {"base": runs.read_prompts(folder / "base.safetensors", name, sha256)}
+        states["new"] = runs.read_prompts(folder / "new.safetensors", name, sha256) if config.new else states["base"]
+        of_class = config.learner_settings
+        learner = runs.build_learner(LEARNERS, name, of_class, clip_model, task.base_names, states["base"], where)
+    found = scores.score(learner, states, task, tests)
+    runs.warn_of_difference(folder, result, found)
+    scores.print_table(config, [(config.method, {**result, **found})], LEARNERS[config.backbone].__name__)
 
 
 if __name__ == "__main__":
-    end("run.py", main)
+    run_main("run.py", main)

@@ -1,20 +1,25 @@
-"""Builds docs/reading.html from docs/reading.md: one file that opens from disk and asks no host for anything.
+"""Builds docs/reading.html from docs/reading.md: one file that opens from disk and loads nothing from a network.
 
-    pip install -r requirements.txt -r docs/requirements.txt
+    pip install -r requirements-dev.txt
     python -m docs            builds it (2 cores: some 3 minutes, most of them tuning)
     python -m docs --check    builds it and compares its code and values with the page that is checked in
 
-The page runs: its code cells tune CoOp with and without MAO on the demo. Warnings are errors.
+The page runs: its code cells tune CoOp with and without MAO on the demo. Warnings are errors, and so are a lost figure
+and an output that is only the name of an object.
 """
 
-import argparse
 import base64
 import html
+import io
 import json
 import pathlib
 import re
 import sys
 import tempfile
+
+from PIL import Image
+
+from harness.options import Parser
 
 DOCS = pathlib.Path(__file__).parent
 PAGE = DOCS / "reading.html"
@@ -22,66 +27,50 @@ SYMBOLS = {  # names in the code -> the symbol whose color they have
     "b": "b", "anchors": "b", "K": "K", "top_k": "K", "H": "H", "C": "C", "C_b": "C", "C_n": "C", "classnames": "C",
     "f": "f", "g": "g", "tau": "tau", "logit_scale": "tau", "classes": "H",
 }  # fmt: skip
+BARE = r"&lt;Figure size.*?&gt;|&lt;[\w.]+ object.*?&gt;|Traceback \(most recent call last\)"  # instead of an output
+SMALLEST = 4000  # bytes of a PNG that shows something
 
 
-def built(folder):
+def build(folder):
     """The page, built in a folder, as one string of HTML."""
-    from sphinx.cmd.build import build_main  # of docs/requirements.txt; comparing pages needs none of it
+    from sphinx.cmd.build import build_main  # comparing pages needs no Sphinx
 
-    code = build_main(["-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(folder)])
-    if code:
-        sys.exit(code)
-    text = (folder / "reading.html").read_text()
-    ends = r'<div class="clearer"></div>\s*</div>\s*</div>\s*</div>\s*<div class="sphinxsidebar"'
-    body = re.search(rf'role="main">(.*?){ends}', text, re.S)[1]
-    body = re.sub(r'<a class="headerlink".*?</a>', "", body)
-    body = re.sub(r'(<img [^>]*)src="([^"]+)"', lambda m: f'{m[1]}src="{embedded(folder / m[2])}"', body)
-    body = re.sub(r"<pre>.*?</pre>", lambda m: colored(m[0]), body, flags=re.S)
-    style = "\n".join([(DOCS / "reading.css").read_text(), katex_style(), pygments_style()])
+    if build_main(["-q", "-W", "--keep-going", "-b", "json", str(DOCS), str(folder)]):
+        sys.exit("docs/reading.md cannot be built")
+    body = json.loads((folder / "reading.fjson").read_text())["body"]
+    body = re.sub(r"<pre>.*?</pre>", colored, body, flags=re.S)
     sections = re.findall(r'<section id="([^"]+)">(?:\s*<span[^>]*></span>)*\s*<h2>(.*?)</h2>', body)
     contents = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MAO: the paper and the code</title><style>{style}</style></head>\n"
+        f"<title>MAO: the paper and the code</title><style>{style()}</style></head>\n"
         f'<body><nav aria-label="Contents">{contents}</nav><main>{body}</main></body></html>\n'
     )
 
 
-def embedded(path):
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def katex_style():
-    """KaTeX's style with its fonts in it."""
-    style = (DOCS / "katex" / "katex.min.css").read_text()
-
-    def font(match):
-        return f"url(data:font/woff2;base64,{base64.b64encode((DOCS / 'katex' / match[1]).read_bytes()).decode()})"
-
-    return re.sub(r"url\((fonts/[^)]+)\)", font, style)
-
-
-def pygments_style():
-    """Pygments' colors for light windows, and those for dark ones."""
+def style():
+    """The page's style, KaTeX's with its fonts in it, and Pygments' colors for light windows and for dark ones."""
     from pygments.formatters import HtmlFormatter
 
-    light = HtmlFormatter(style="default").get_style_defs(".highlight")
-    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
-    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
+    katex = (DOCS / "katex" / "katex.min.css").read_text()
+    fonts = {path.name: base64.b64encode(path.read_bytes()).decode() for path in (DOCS / "katex" / "fonts").iterdir()}
+    katex = re.sub(r"url\(fonts/([^)]+)\)", lambda m: f"url(data:font/woff2;base64,{fonts[m[1]]})", katex)
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
+    dark = f"@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
+    return "\n".join([(DOCS / "reading.css").read_text(), katex, light, dark])
 
 
 def colored(block):
-    """A block of code in which the symbols' names have their colors. Names and comments alone, not keywords."""
+    """A block of code, a match, in which the symbols' names have their colors: in names and comments, not keywords."""
 
-    def span(match):
-        def word(found):
-            symbol = SYMBOLS.get(found[0])
-            return f'<span class="sym-{symbol}">{found[0]}</span>' if symbol else found[0]
+    def symbol(match):
+        color = SYMBOLS.get(match[0])
+        return f'<span class="sym-{color}">{match[0]}</span>' if color else match[0]
 
-        return match[1] + re.sub(r"(?<![\w&;#.~'])[A-Za-z_]+(?![\w;])", word, match[2]) + "</span>"
-
-    return re.sub(r'(<span class="(?:n|c1|nf)">)([^<]*)</span>', span, block)
+    name = r"(?<![\w&;#.~'])[A-Za-z_]+(?![\w;])"
+    spans = r'(<span class="(?:n|c1|nf)">)([^<]*)</span>'
+    return re.sub(spans, lambda m: f"{m[1]}{re.sub(name, symbol, m[2])}</span>", block[0])
 
 
 def sources(page):
@@ -99,36 +88,50 @@ def values(page):
     return json.loads(re.search(r'<script type="application/json" id="values">(.*?)</script>', page, re.S)[1])
 
 
+def is_empty(png):
+    """Whether an image, the bytes of a PNG file, shows nothing: it is tiny, or has one color only."""
+    return len(png) < SMALLEST or len(Image.open(io.BytesIO(png)).convert("RGB").getcolors(1) or []) == 1
+
+
+def faults(page):
+    """What is wrong with a page by itself: sentences."""
+    found = [f"it shows {html.unescape(bare)} instead of an output" for bare in re.findall(BARE, page)]
+    figures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    if len(figures) != values(page).get("figures"):
+        found.append(f"it has {len(figures)} of {values(page).get('figures')} figures")
+    return found + [f"figure {number} is empty" for number, png in enumerate(figures, 1) if is_empty(png)]
+
+
 def differences(old, new):
     """What of a page that is checked in no longer holds: sentences. Values may differ by 5%, or by 3 points of 100."""
-    found = []
-    if sources(old) != sources(new):
-        found.append("its code is not today's source")
+    found = [] if sources(old) == sources(new) else ["its code is not today's source"]
     then, now = values(old), values(new)
     for name in sorted(then.keys() | now.keys()):
         if name not in then or name not in now:
-            found.append(f"'{name}' is in one of them alone")
+            found.append(f"'{name}' is only in one of the two pages")
         elif abs(then[name] - now[name]) > max(0.05 * abs(now[name]), 3 if abs(now[name]) > 20 else 1e-3):
             found.append(f"'{name}' was {then[name]} and is {now[name]}")
     return found
 
 
-def main():
-    """The command line of `python -m docs`. Exit code 1: the page that is checked in is out of date."""
-    parser = argparse.ArgumentParser("docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    """The command line of `python -m docs`. Returns 1 if the new page is wrong, or the one checked in out of date."""
+    parser = Parser("docs", __doc__)
     parser.add_argument("--check", action="store_true", help="compare with docs/reading.html, and leave it as it is")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        page = built(pathlib.Path(folder))
-    if not args.check:
+        page = build(pathlib.Path(folder))
+    found = faults(page)
+    if args.check:
+        old = PAGE.read_text()
+        found += [f"{fault} (run python -m docs)" for fault in faults(old) + differences(old, page)]
+    elif not found:
         PAGE.write_text(page)
         print(f"{PAGE}: {len(page) / 2**20:.2f} MB")
-        return
-    found = differences(PAGE.read_text(), page)
-    for difference in found:
-        print(f"docs/reading.html: {difference}: run python -m docs", file=sys.stderr)
-    sys.exit(bool(found))
+    for fault in found:
+        print(f"docs/reading.html: {fault}", file=sys.stderr)
+    return bool(found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,100 +1,97 @@
-"""The figures of README.md and docs/, of the paper, and of a run.
+"""The figures of README.md and docs/, those of the paper, and those of a run.
 
     python -m experiments.figures batch             assets/batch.png: one batch of hard negatives beside a random one
     python -m experiments.figures demo              assets/demo.png: what the demo's CLIP was pretrained on, the domains
+    python -m experiments.figures run FOLDER ...    curves.png and confusion.png of finished runs, in their folders
 
-experiments/reproduce.py draws the paper's Figs. 3 to 6, training curves and confusion by what stands here, and
-`run.py --plot` the last two. Every draw has a fixed seed: the same command makes the same figure. One style: gray
-tones, markers and hatches, so that print without color loses nothing.
+experiments/reproduce.py draws the paper's Figs. 3 to 6, training curves and confusion by these functions. Each returns
+a matplotlib Figure. None of them sets a backend or touches pyplot, so a notebook can import this file. Every draw has a
+fixed seed: the same command makes the same figure. Gray tones, markers and hatches survive a print without color.
 """
 
-if __name__ == "__main__":
-    from cli import catch_early_interrupt
-
-    catch_early_interrupt()  # the imports below take seconds
-
-import argparse
-import itertools
 import pathlib
 import textwrap
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from msgspec.structs import asdict
 
-import demo
-import evaluate
-import settings
-from checkpoints import load_clip_of
-from data import task_of
-from encoders import ZeroShot
-from images import ShuffledBatches
-from record import make_folder, read_config, read_metrics, read_prompts
-from sampler import HardNegativeSampler, minilm, paper_batch
+from backbones import ZeroShot
+from data import open_task
+from experiments.pretrain import caption
+from harness import demo, options, runs, scores
+from harness.cli import run_main
+from harness.clips import load_clip_of
+from harness.files import make_folder
+from harness.images import ShuffledBatches
+from run import LEARNERS
+from sampler import HardNegativeSampler, minilm
 
 DOMAIN = "plain"  # of the README's batch: under plain light a reader sees the colors that the names say
-TWO_DATASETS = {"paper": ["caltech101", "oxford_pets"], "demo": ["demo-plain", "demo-sepia"]}  # of Figs. 5 and 6
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.facecolor": "white",
-         "figure.dpi": 110, "figure.constrained_layout.use": True}  # fmt: skip
-MARKERS, TONES, HATCHES = "osD^v", ["0.15", "0.55", "0.8"], ["", "//", "xx", ".."]
+MARKERS, TONES = "osD^v", ["0.15", "0.55", "0.8"]
+
+
+def new_figure(width, height, dpi=110, layout="constrained"):
+    """An empty Figure; its size is in inches. ValueError: matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("figures need matplotlib, which is not installed: pip install matplotlib") from error
+    return Figure(figsize=(width, height), dpi=dpi, layout=layout)
+
+
+def canvas(columns, below, width=9.0, height=3.6, rows=1):
+    """(figure, axes [rows * columns]) in the style of this file; the text `below` says the settings."""
+    figure = new_figure(width, height)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("\n".join(textwrap.wrap(below, int(width * 13))), fontsize=8, color="0.3")
+    return figure, axes
 
 
 def save(figure, path):
-    """Writes a figure as PNG, and forgets it."""
+    """Writes a figure as PNG, and makes its folder."""
     make_folder(path.parent)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def canvas(columns, caption, width=9.0, height=3.6, rows=1):
-    """(figure, axes [rows * columns]) in the one style; the caption under it says the settings."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
-    figure.supxlabel("\n".join(textwrap.wrap(caption, int(width * 13))), fontsize=8, color="0.3")
-    return figure, list(axes.flat)
+    figure.savefig(path, facecolor="white")
 
 
 # Batches: Figs. 5 and 6 -----------------------------------------------------------------------------------------------
 
 
 class Batches:
-    """The first batch of MAO's base phase on a dataset, and the first one without MAO, seed 1.
+    """The first batch of MAO's base phase on a dataset, and a random batch of the same size, seed 1.
 
     hard, random: positions in task.base_train, b*K of each. b, k: of the dataset (appendix B).
     """
 
     def __init__(self, dataset, root=None):
-        options = ["--dataset", dataset, *(["--root", root] if root else [])]
-        self.task = task_of(vars(settings.parse(options)))
+        self.task = open_task(options.Settings(dataset=dataset, root=root))
         self.labels = np.array([label for _, label, _ in self.task.base_train])
-        self.b, self.k = paper_batch(len(self.task.base_names))
+        self.b, self.k = options.paper_batch(len(self.task.base_names))
         self.hard = next(iter(HardNegativeSampler(self.labels, self.task.base_names, self.b, self.k)))
         self.random = next(iter(ShuffledBatches(len(self.labels), self.b * self.k, seed=1)))
 
-    def names(self, batch):
-        return [self.task.base_names[label] for label in self.labels[batch]]
+    def rows(self, batch):
+        """The labels of a batch, in rows of K."""
+        return self.labels[batch].reshape(-1, self.k).tolist()
 
 
 def batch_of_images(dataset, root=None):
-    """Fig. 6: images and names of a batch, b rows of K, the anchor first; beside it a random batch."""
+    """Fig. 6: images and names of a batch in b rows of K, the anchor first; beside it a random batch."""
     batches = Batches(dataset, root)
     task, b, k = batches.task, batches.b, batches.k
-    figure = plt.figure(figsize=(18, 2.1 * b), dpi=100)
+    figure = new_figure(18, 2.1 * b, dpi=100, layout=None)
     sides = figure.subfigures(1, 2, wspace=0.03)
     titles = ("hard negatives, one row per anchor", "a random batch")
     for side, title, batch in zip(sides, titles, (batches.hard, batches.random)):
-        names = batches.names(batch)
-        rows = [mean_similarity(names[start : start + k]) for start in range(0, b * k, k)]
-        side.suptitle(
-            f"{title}\nmean cosine similarity of the names\n"
-            f"in a row {np.mean(rows):.2f}, in the batch {mean_similarity(names):.2f}",
-            fontsize=20,
-        )
+        rows = [[task.base_names[label] for label in row] for row in batches.rows(batch)]
+        names = sum(rows, [])
+        in_row, in_batch = np.mean([mean_similarity(row) for row in rows]), mean_similarity(names)
+        told = f"mean cosine similarity of the names\nin a row {in_row:.2f}, in the batch {in_batch:.2f}"
+        side.suptitle(f"{title}\n{told}", fontsize=20)
         side.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.84 / b, 0.08, 0.5)
-        for position, axis in enumerate(np.atleast_1d(side.subplots(b, k)).flat):
+        for position, axis in enumerate(side.subplots(b, k, squeeze=False).flat):
             image, size = task.read(task.base_train[batch[position]][0]), 16 if len(names[position]) < 20 else 9
             anchor = batch is batches.hard and position % k == 0
             show_image(axis, image, names[position].replace(" ", "\n"), size, 5 if anchor else 0)
@@ -102,214 +99,184 @@ def batch_of_images(dataset, root=None):
 
 
 def show_image(axis, image, title, size, frame):
-    """An image and what is written above it. size: of the letters. frame: the width of a red frame; 0: none."""
+    """Shows an image with a title. size: of the letters. frame: the width of a red frame; 0: none."""
     axis.imshow(image)
     axis.set_title(title, fontsize=size, pad=max(2, size / 4))
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(visible=frame > 0, color="crimson", linewidth=frame)
+    axis.spines[:].set(visible=frame > 0, color="crimson", linewidth=frame)
+
+
+def embeddings(names):
+    """MiniLM's embeddings of N names, unit length [N, 384]."""
+    return torch.nn.functional.normalize(minilm(list(names)), dim=-1).double()
 
 
 def mean_similarity(names):
     """The mean cosine similarity of two different names in a list, by MiniLM; 1 where there is one name only."""
-    names = sorted(set(names))
-    e = torch.nn.functional.normalize(minilm(names), dim=-1)  # [names, 384]
+    e = embeddings(sorted(set(names)))
     cosine = e @ e.T
-    return cosine[~torch.eye(len(names), dtype=torch.bool)].mean().item() if len(names) > 1 else 1.0
+    return cosine[~torch.eye(len(e), dtype=torch.bool)].mean().item() if len(e) > 1 else 1.0
+
+
+def mean_distance(e, classes):
+    """The mean distance of two different classes of a list; 0 where there is one only. e: embeddings [C_b, 384]."""
+    distances = torch.nn.functional.pdist(e[sorted(set(classes))])
+    return distances.mean().item() if len(distances) else 0.0
 
 
 def batch_in_plane(dataset, root=None):
     """Fig. 5: the classes of a random and of a hard-negative batch, their name embeddings in the plane by PCA.
 
-    MiniLM in place of the paper's Word2Vec. The plane is of all base classes, so that both panels have the same axes.
+    MiniLM replaces the paper's Word2Vec. The plane is that of all base classes, so both panels have the same axes.
     """
     batches = Batches(dataset, root)
-    names = batches.task.base_names
-    e = torch.nn.functional.normalize(minilm(names), dim=-1).double()  # [C_b, 384]
+    names, k = batches.task.base_names, batches.k
+    e = embeddings(names)  # [C_b, 384]
     centered = e - e.mean(dim=0)
     *_, axes_of_pca = torch.linalg.svd(centered, full_matrices=False)
     plane = (centered @ axes_of_pca[:2].T).numpy()  # [C_b, 2]
-    caption = (
-        f"{dataset}, seed 1, b = {batches.b}, K = {batches.k}: MiniLM embeddings of the names in the plane of their "
-        f"first two principal components, over all {len(names)} base classes (gray). Distances are in 384 dimensions."
+    below = (
+        f"{dataset}, seed 1, b = {batches.b}, K = {k}: MiniLM embeddings of the names in the plane of their first two "
+        f"principal components, over all {len(names)} base classes (gray). Distances are in 384 dimensions."
     )
-    figure, axes = canvas(2, caption, 11, 5)
+    figure, axes = canvas(2, below, 11, 5)
     for axis, title, batch in zip(axes, ("(a) random batch", "(b) hard negatives"), (batches.random, batches.hard)):
-        classes = sorted(set(batches.labels[batch].tolist()))
-        rows = [batches.labels[batch[i : i + batches.k]].tolist() for i in range(0, len(batch), batches.k)]
-        in_row, in_batch = (np.mean([mean_distance(e, part) for part in parts]) for parts in (rows, [classes]))
+        rows = batches.rows(batch)
+        classes = sorted(set(sum(rows, [])))
         axis.plot(*plane.T, "o", color="0.85", markersize=4)
         axis.plot(*plane[classes].T, "o", color="0.15", markersize=5)
-        axis.set_title(
-            f"{title}, {len(classes)} classes\n"
-            f"mean pairwise distance: {in_batch:.2f}, within {batches.k} in a row {in_row:.2f}",
-            fontsize=10,
-        )
-        axis.set_xticks([])
-        axis.set_yticks([])
+        in_row = np.mean([mean_distance(e, row) for row in rows])
+        told = f"mean pairwise distance: {mean_distance(e, classes):.2f}, within {k} in a row {in_row:.2f}"
+        axis.set_title(f"{title}, {len(classes)} classes\n{told}", fontsize=10)
+        axis.set(xticks=[], yticks=[])
         write_names(axis, plane[classes], [names[label] for label in classes])
     return figure
 
 
-def mean_distance(e, classes):
-    """The mean distance of two different classes of a list. e: embeddings [C_b, 384]."""
-    classes = sorted(set(classes))
-    return torch.nn.functional.pdist(e[classes]).mean().item() if len(classes) > 1 else 0.0
-
-
 def write_names(axis, points, names):
-    """Writes a name beside each point [N, 2], at the first of eight places where it lies on no other name."""
+    """Writes a name beside each point [N, 2], at the first of eight places where it covers no other name."""
     axis.margins(0.12, 0.05)
-    axis.figure.canvas.draw()  # settles where the axes are
+    axis.figure.draw_without_rendering()  # settles where the axes are
     taken = []
     for point, name in sorted(zip(points.tolist(), names)):
         for x, y in ((4, 3), (4, -9), (-4, 3), (-4, -9), (4, 13), (4, -19), (-4, 13), (-4, -19)):
-            text = axis.annotate(name, point, fontsize=7, xytext=(x, y), textcoords="offset points",
-                                 ha="left" if x > 0 else "right")  # fmt: skip
-            box = text.get_window_extent()
+            how = {"xytext": (x, y), "textcoords": "offset points", "ha": "left" if x > 0 else "right"}
+            written = axis.annotate(name, point, fontsize=7, **how)
+            box = written.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
                 break
-            text.remove()
+            written.remove()
         else:
-            text = axis.annotate(name, point, fontsize=7)
-        taken.append(text.get_window_extent())
+            written = axis.annotate(name, point, fontsize=7)
+        taken.append(written.get_window_extent())
 
 
-# Of many cells: Figs. 3 and 4 -----------------------------------------------------------------------------------------
+# Many cells: Figs. 3 and 4 --------------------------------------------------------------------------------------------
 
 
-def bars(lines, caption):
-    """Fig. 3: average H of each row, with its spread. lines: of experiments/reproduce.py."""
-    found = [line for line in lines if line["score"] == "H" and line["dataset"] == lines[0]["dataset"]]
-    figure, (axis,) = canvas(1, f"H over {caption}. DePT is here on CoOp alone.", 9, 3.8)
-    hatch = {"MAO": "//", "DePT": ".."}
-    for place, line in enumerate(found):
-        kind = next((name for name in hatch if name in line["row"]), "")
-        bar = axis.bar(place, line["ours"], 0.7, yerr=line["spread"], capsize=4, color=TONES[2] if kind else TONES[1],
-                       edgecolor="black", hatch=hatch.get(kind, ""))  # fmt: skip
+def bars(lines, settings):
+    """Fig. 3: average H of each row, with its spread. lines: of experiments/reproduce.py, those with the score H."""
+    figure, (axis,) = canvas(1, f"H over {settings}. DePT is implemented on CoOp alone.", 9, 3.8)
+    hatches = {"MAO": "//", "DePT": ".."}
+    for place, line in enumerate(lines):
+        hatch = next((hatches[name] for name in hatches if name in line["row"]), "")
+        how = {"color": TONES[2] if hatch else TONES[1], "edgecolor": "black", "hatch": hatch}
+        bar = axis.bar(place, line["ours"], 0.7, yerr=line["spread"], capsize=4, **how)
         axis.bar_label(bar, fmt="%.1f", padding=3)
-    axis.set_xticks(range(len(found)), [line["row"].replace(" + ", "\n+ ") for line in found])
-    axis.set_ylabel("H, %")
-    axis.set_ylim(0, 100)
+    axis.set_xticks(range(len(lines)), [line["row"].replace(" + ", "\n+ ") for line in lines])
+    axis.set(ylabel="H, %", ylim=(0, 100))
     return figure
 
 
-def sweep(name, lines, caption):
-    """Fig. 4: accuracy and cost over K ("fig4-left") or over unlabeled images a class ("fig4-right")."""
-    left = name == "fig4-left"
-    panels = [("Base", "H-size") if left else ("H", "New"), ("seconds", "memory, MiB")]
-    words = {"Base": "Base, %", "H": "H, %", "New": "New, %", "H-size": "candidates H of a batch",
-             "seconds": "seconds of tuning", "memory, MiB": "peak memory, MiB"}  # fmt: skip
-    figure, axes = canvas(2, f"CoOp + MAO{', base phase alone' if left else ''}; {caption}", 10, 3.8)
-    for axis, pair in zip(axes, panels):
-        for number, score in enumerate(pair):
-            found = [one for one in lines if one["score"] == score and one["dataset"] == lines[0]["dataset"]]
-            x, y = [int(one["row"]) for one in found], [one["ours"] for one in found]
-            on = axis if number == 0 or pair == ("H", "New") else axis.twinx()
-            on.errorbar(x, y, [one["spread"] or 0 for one in found], marker=MARKERS[number], color=TONES[number],
-                        linestyle=["-", "--"][number], capsize=3, label=words[score])  # fmt: skip
-            on.set_ylabel("%" if pair == ("H", "New") else words[score])
-            if on is not axis:
-                on.spines["right"].set_visible(True)
-            if not left:
-                on.set_xscale("log", base=2)
-                on.set_xticks(x, x)
-        axis.set_xlabel("K" if left else "unlabeled images a class")
-        axis.legend(*legend_of(figure, axis), ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+def panels(lines, scores, xlabel, settings):
+    """Fig. 4: one panel per score over a number. lines: of experiments/reproduce.py; "row" is the number."""
+    figure, axes = canvas(len(scores), settings, 3 * len(scores), 3)
+    for axis, score in zip(axes, scores):
+        found = [line for line in lines if line["score"] == score]
+        x, y = [int(line["row"]) for line in found], [line["ours"] for line in found]
+        axis.errorbar(x, y, [line["spread"] or 0 for line in found], color="black", marker="o", capsize=3)
+        axis.set(xlabel=xlabel, title=score, xticks=x)
+        if max(x) > 16:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, x)
     return figure
 
 
-def legend_of(figure, axis):
-    """(handles, labels) of an axis and of its twin."""
-    twins = [other for other in figure.axes if other.bbox.bounds == axis.bbox.bounds]
-    pairs = [other.get_legend_handles_labels() for other in twins]
-    return [list(itertools.chain(*part)) for part in zip(*pairs)]
-
-
-# Of one run -----------------------------------------------------------------------------------------------------------
+# One run --------------------------------------------------------------------------------------------------------------
 
 
 def curves(folders):
-    """Loss over the epochs of both phases, and the share of right pseudo-labels. folders: of rows, one line each."""
-    folders = [pathlib.Path(folder) for folder in folders]
-    caption = (
-        f"{', '.join(folder.name for folder in folders)}: each epoch's mean loss. MAO's runs over fewer "
-        "candidates than the plain one. Dotted: the new phase begins."
-    )
-    figure, axes = canvas(2, caption, 10, 3.6)
+    """Loss over the epochs of both phases, and the share of right pseudo-labels. folders: of rows, `Path`s."""
+    told = "each epoch's mean loss. MAO's runs over fewer candidates. Dotted: the new phase begins."
+    figure, axes = canvas(2, f"{', '.join(folder.name for folder in folders)}: {told}", 10)
     for number, folder in enumerate(folders):
-        metrics, style = read_metrics(folder), {"color": TONES[number % 3], "marker": MARKERS[number % 5]}
-        label = {"mao": "with MAO", "backbone": "without MAO"}[read_config(folder)["method"]]
-        loss = [line["loss"] for line in metrics]
-        axes[0].plot(range(1, len(loss) + 1), loss, markersize=4, label=label, **style)
+        metrics, style = runs.read_metrics(folder), {"color": TONES[number % 3], "marker": MARKERS[number % 5]}
+        style["label"] = "with MAO" if runs.read_config(folder).method == "mao" else "without MAO"
+        axes[0].plot(range(1, len(metrics) + 1), [line["loss"] for line in metrics], markersize=4, **style)
         first = sum(line["phase"] == "base" for line in metrics)
         right = [line["pseudo_label_accuracy"] for line in metrics if "pseudo_label_accuracy" in line]
         if first < len(metrics):
             axes[0].axvline(first + 0.5, color="0.6", linestyle=":")
         if right:
-            axes[1].plot(range(first + 1, first + 1 + len(right)), right, markersize=4, label=label, **style)
+            axes[1].plot(range(first + 1, first + 1 + len(right)), right, markersize=4, **style)
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    axes[1].set(xlabel="epoch", ylabel="pseudo-labels right, %", ylim=(0, 100))
     axes[0].legend()
-    if not axes[1].lines:
-        axes[1].text(0.5, 0.5, "no pseudo-labels", ha="center", transform=axes[1].transAxes)
+    axes[1].set(xlabel="epoch", ylabel="right pseudo-labels, %", ylim=(0, 100))
     return figure
 
 
-def confusion(folders):
-    """Confusion of base and of new classes before tuning (zero-shot CLIP) and after it. folders: the last is drawn."""
-    folder = pathlib.Path(folders[-1])
-    config = read_config(folder)
-    task = task_of(config)
-    clip_model, sha256 = load_clip_of(config, "cpu")
+def load_row(folder, device="cpu"):
+    """(config, frozen CLIP, learner, its state dicts {"base", "new"}, None for zero-shot CLIP) of a finished row.
+
+    folder: a `pathlib.Path`. ValueError, FileNotFoundError: its files are missing or broken, or its CLIP is.
+    """
+    config, where = runs.read_config(folder), folder / "config.json"
+    clip_model, sha256 = load_clip_of(asdict(config), device)
+    if config.method == "zeroshot":
+        return config, clip_model, ZeroShot(clip_model, config.classnames), None
+    files = {"base": "base.safetensors", "new": "new.safetensors" if config.new else "base.safetensors"}
+    states = {phase: runs.read_prompts(folder / file, config.backbone, sha256) for phase, file in files.items()}
+    of_learner = (config.backbone, config.learner_settings, clip_model, config.classnames, states["base"])
+    return config, clip_model, runs.build_learner(LEARNERS, *of_learner, where), states
+
+
+def confusion(folder):
+    """Confusion of base and new classes by zero-shot CLIP, and by the tuned prompts of a row's folder, a `Path`."""
+    config, clip_model, learner, states = load_row(folder)
+    task = open_task(config, runs.read_lists(folder))
+    runs.check_data(folder, config, task)
     zero_shot = ZeroShot(clip_model, task.base_names)
-    tests = evaluate.Tests(task, zero_shot, "cpu", config.get("workers", 0))
-    learner, states = zero_shot, None
-    if config["method"] != "zeroshot":
-        learner = evaluate.build_learner(config, clip_model, task.base_names, folder / "config.json")
-        states = {"base": read_prompts(folder / "base.safetensors", config["backbone"], sha256)}
-        last = folder / "new.safetensors"
-        states["new"] = read_prompts(last, config["backbone"], sha256) if last.is_file() else states["base"]
-    halves = list(task.tests)[:2] if "base" in task.tests else list(task.tests)[:1]
-    figure, axes = canvas(
-        2, f"{folder.name}: rows are the true classes, darker is more often, 0 to 100% of a row", 8, 4 * len(halves),
-        rows=len(halves),
-    )  # fmt: skip
-    for number, half in enumerate(halves):
-        for column, (who, of, when) in enumerate((("before", zero_shot, None), ("after", learner, states))):
-            evaluate.hold(of, when, half if half == "new" else "base", task.tests[half])
-            _, classes, labels = evaluate.top1(of, tests.batches(half, of), "cpu")
-            axis = axes[2 * number + column]
-            show_confusion(axis, labels, classes, len(task.tests[half].names), f"{half} classes, {who}")
-            axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
+    tests = scores.TestImages(task, zero_shot, "cpu", config.workers or 0)
+    sets = list(task.tests)[: 2 if "base" in task.tests else 1]  # of cross-dataset, the source
+    columns = [("zero-shot CLIP", zero_shot, None), *([("tuned prompts", learner, states)] if states else [])]
+    below = f"{folder.name}: rows are true classes, darker is more often, 0 to 100% of a row"
+    figure, axes = canvas(len(columns), below, 4 * len(columns), 4 * len(sets), rows=len(sets))
+    pairs = [(name, *column) for name in sets for column in columns]
+    for axis, (name, when, who, of_phases) in zip(axes, pairs):
+        test = task.tests[name]
+        scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", test)
+        _, classes, labels = scores.top1(who, tests.batches(name, who), "cpu")
+        show_confusion(axis, labels, classes, len(test.names), f"{name} classes, {when}")
+        axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
     return figure
 
 
 def show_confusion(axis, labels, classes, count, title):
-    """How often each of `count` true classes is taken for each. labels, classes: true and predicted, int64 [N]."""
+    """Shows how often each of `count` classes is predicted as each. labels, classes: true and predicted, int64 [N]."""
     table = torch.zeros(count, count).index_put_((labels, classes), torch.ones(len(labels)), accumulate=True)
     axis.imshow(table / table.sum(dim=1, keepdim=True).clamp_min(1), cmap="gray_r", vmin=0, vmax=1)
     axis.set_title(f"{title}: {100 * (classes == labels).float().mean().item():.1f}% right")
 
 
-def plot(folder):
-    """What `run.py --plot` leaves in a row's folder: curves.png, where it was tuned, and confusion.png."""
-    if read_metrics(folder):
-        save(curves([folder]), folder / "curves.png")
-    save(confusion([folder]), folder / "confusion.png")
-
-
-# Of the README --------------------------------------------------------------------------------------------------------
+# The demo's world -----------------------------------------------------------------------------------------------------
 
 
 def demo_figure():
     """Images of pretraining with their captions, and the eleven domains with the same classes in each."""
-    from experiments.pretrain import caption
-
     rng = np.random.default_rng(0)
-    figure = plt.figure(figsize=(15, 7), dpi=80)
+    figure = new_figure(15, 7, dpi=80, layout=None)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
 
     left.suptitle("pretraining: images and their captions")
@@ -323,26 +290,32 @@ def demo_figure():
     right.suptitle("the eleven few-shot domains (pretraining never saw the last five)")
     right.subplots_adjust(0.14, 0.02, 0.99, 0.93, 0, 0.08)
     names = demo.CLASSNAMES[3::8]
-    for row, domain in zip(right.subplots(len(demo.LIGHTS), 1), demo.LIGHTS):
-        images = [np.asarray(demo.read(f"{domain}/test/{name}/00")) for name in names]
-        row.imshow(np.concatenate(images, 1))
+    for axis, domain in zip(right.subplots(len(demo.LIGHTS), 1), demo.LIGHTS):
+        axis.imshow(np.concatenate([np.asarray(demo.read(f"{domain}/test/{name}/00")) for name in names], 1))
         label = f"{domain} = demo" if domain == demo.DEFAULT else domain
-        row.set_ylabel(label, rotation=0, ha="right", va="center")
-        row.set_xticks([])
-        row.set_yticks([])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
     return figure
 
 
-FIGURES = {"batch": lambda: batch_of_images(f"demo-{DOMAIN}"), "demo": demo_figure}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=list(FIGURES))
-    parser.add_argument("--out", metavar="FILE", help="PNG file (default: assets/<figure>.png)")
+    """The command line of experiments/figures.py."""
+    parser = options.Parser("experiments.figures", __doc__)
+    parser.add_argument("figure", choices=["batch", "demo", "run"])
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="for run: those of finished runs")
+    parser.add_argument("--out", metavar="FILE", help="of batch and demo (default: assets/<figure>.png)")
     args = parser.parse_args()
-    save(FIGURES[args.figure](), pathlib.Path(args.out or f"assets/{args.figure}.png"))
+    if bool(args.folders) != (args.figure == "run") or (args.folders and args.out):
+        parser.error("give the folders of finished runs with run alone, and --out with batch and demo alone")
+    if args.figure == "run":
+        for folder in map(pathlib.Path, args.folders):
+            if runs.read_config(folder).method != "zeroshot":
+                save(curves([folder]), folder / "curves.png")
+            save(confusion(folder), folder / "confusion.png")
+    else:
+        figure = batch_of_images(f"demo-{DOMAIN}") if args.figure == "batch" else demo_figure()
+        save(figure, pathlib.Path(args.out or f"assets/{args.figure}.png"))
 
 
 if __name__ == "__main__":
-    main()
+    run_main("experiments.figures", main)

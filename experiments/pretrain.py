@@ -1,16 +1,11 @@
-"""Pretrains the CLIP of the embedded demo on the world that demo.py draws, from nothing and from one seed.
+"""Pretrains the CLIP of the embedded demo on the world that harness/demo.py draws, from nothing and from one seed.
 
     python -m experiments.pretrain                           makes assets/demo-clip.pt again (2 cores: about 20 minutes)
-    python -m experiments.pretrain --seed 1 --out clip1.pt   another CLIP, to see what hangs on the one
+    python -m experiments.pretrain --seed 1 --out clip1.pt   another CLIP, to see what depends on the first one
 
 Photos are captioned loosely, drawings exactly, and only the six domains of `demo.SEEN` are seen. So the CLIP is right
-often enough for zero-shot, and wrong often enough for prompts to help.
+often enough for zero-shot classification, and wrong often enough for prompts to help.
 """
-
-if __name__ == "__main__":
-    from cli import catch_early_interrupt
-
-    catch_early_interrupt()  # the imports below take seconds
 
 import io
 import pathlib
@@ -20,15 +15,16 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import demo
-from cli import Parser, at_least, end
-from encoders import DEMO_WEIGHTS, clip
-from images import model_input
-from record import make_folder, write
+from harness import demo
+from harness.cli import run_main
+from harness.clips import DEMO_WEIGHTS, clip
+from harness.files import Count, Index, atomic_write, make_folder
+from harness.images import model_input
+from harness.options import Parser, Threads, checked
 
 
 def caption(classname, domain, rng):
-    """What pretraining says of an image of a class ("blue circle") in a domain. Every choice comes from `rng`."""
+    """A caption of pretraining for an image of a class ("blue circle") in a domain. Every choice comes from `rng`."""
     color, shape = classname.split(" ")
     kind = rng.choice(["photo", "picture", "drawing"], p=[0.5, 0.25, 0.25])
     loose = {"photo": 0.2, "picture": 0.1, "drawing": 0.0}[kind]
@@ -58,7 +54,7 @@ def contrastive_loss(model, images, captions, tokens):
 def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
     """Trains a `clip.model.CLIP` contrastively on the world and writes its weights, in half precision, to `path`.
 
-    pairs: of an image and a caption, per step. OSError: `path` cannot be written.
+    pairs: of an image and a caption, per step. threads: of PyTorch. OSError: `path` cannot be written.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -98,23 +94,20 @@ def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
     content = io.BytesIO()  # not a file: torch.save would write its name into the archive
     torch.save({name: value.half() for name, value in model.state_dict().items()}, content)
     make_folder(pathlib.Path(path).parent)
-    write(pathlib.Path(path), content.getvalue())
+    atomic_write(pathlib.Path(path), content.getvalue())
 
 
 def main():
     """The command line of experiments/pretrain.py."""
     parser = Parser("experiments.pretrain", __doc__)
-    parser.add_argument("--steps", type=at_least(1), default=2500, metavar="N", help="default: 2500")
-    parser.add_argument(
-        "--out", default=DEMO_WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all draws (default: 0)")
-    parser.add_argument(
-        "--threads", type=at_least(1), default=2, metavar="N", help="which the bits depend on (default: 2)"
-    )
+    add = parser.add_argument
+    add("--steps", type=checked(Count), default=2500, metavar="N", help="default: 2500")
+    add("--out", default=DEMO_WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)")
+    add("--seed", type=checked(Index), default=0, metavar="N", help="of all draws (default: 0)")
+    add("--threads", type=checked(Threads), default=2, metavar="N", help="the bits depend on it (default: 2)")
     args = parser.parse_args()
     pretrain(args.out, args.steps, seed=args.seed, threads=args.threads)
 
 
 if __name__ == "__main__":
-    end("experiments.pretrain", main)
+    run_main("experiments.pretrain", main)

@@ -1,3 +1,6 @@
+"""What the tests share: a small EuroSAT, images, and the command line on them."""
+
+import functools
 import json
 import os
 import pathlib
@@ -11,18 +14,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import layouts
+import sampler
+from harness.layouts import EUROSAT_NAMES
 
-PROJECT = pathlib.Path(layouts.__file__).parent
+PROJECT = pathlib.Path(__file__).parent.parent
+SMALL = "--clip demo --shots 4 --epochs 4 --workers 0"
+encode_once = functools.cache(lambda names, minilm=sampler.minilm: minilm(list(names)))  # opening MiniLM takes longest
 
 
-@pytest.fixture
-def eurosat(tmp_path):
+def draw(path, seed=0, **options):
+    """An image of noise; its folder is made where it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def make_eurosat(root):
     """A small EuroSAT in CoOp's layout, real JPEGs: 10 classes, 6 training and 2 test images each. Returns --root."""
-    folder = tmp_path / "datasets" / "eurosat"
-    rng = np.random.default_rng(0)
-    split = {"train": [], "val": [], "test": []}
-    for label, (directory, name) in enumerate(layouts.EUROSAT_NAMES.items()):
+    folder, rng, split = root / "eurosat", np.random.default_rng(0), {"train": [], "val": [], "test": []}
+    for label, (directory, name) in enumerate(EUROSAT_NAMES.items()):
         (folder / "2750" / directory).mkdir(parents=True)
         for number in range(8):
             path = f"{directory}/{directory}_{number + 1}.jpg"
@@ -30,15 +40,23 @@ def eurosat(tmp_path):
             Image.fromarray(pixels).save(folder / "2750" / path)
             split["train" if number < 6 else "test"].append([path, label, name])
     (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
-    return folder.parent
+    return root
+
+
+@pytest.fixture
+def eurosat(tmp_path):
+    """The --root of a small EuroSAT."""
+    return make_eurosat(tmp_path / "datasets")
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a script as a user types it: command("run.py", "--shots", 2) -> (exit code, stdout, stderr)."""
+    """Runs a script as a user types it: command("run.py --shots 2", path) -> (exit code, stdout, stderr)."""
 
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    def run(line, *words):
+        script, *first = line.split()
+        monkeypatch.setattr(sys, "argv", [script, *first, *map(str, words)])
+        monkeypatch.setattr(sampler, "minilm", lambda names: encode_once(tuple(names)))
         code = 0
         try:
             runpy.run_path(str(PROJECT / script), run_name="__main__")
@@ -48,3 +66,32 @@ def command(monkeypatch, capsys):
         return code, output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def tune(eurosat, command, tmp_path):
+    """tune("--method mao", ...) runs a small job on the small EuroSAT: (code, stdout, stderr, folder of runs)."""
+
+    def run(options="", *words, out="runs"):
+        line = f"run.py --dataset eurosat {SMALL} {options}"
+        return *command(line, "--root", eurosat, "--out", tmp_path / out, *words), tmp_path / out
+
+    return run
+
+
+def lines(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read(folder, name):
+    """The content of a JSON file that a run left."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def refuses(found, *messages):
+    """Asserts that a command ended with exit code 2, nothing on stdout, and one sentence that contains the messages."""
+    code, out, err, *_ = found
+    last = err.replace("\r", "\n").splitlines()[-1]
+    assert code == 2 and out == "" and "Traceback" not in err and ".py: " in last[:12], found
+    assert all(str(text) in last for text in messages), (messages, last)

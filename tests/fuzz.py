@@ -20,22 +20,22 @@ import tempfile
 import traceback
 import warnings
 
-import numpy as np
-import safetensors.torch
-import torch
-from PIL import Image
-
 import checkpoints
-import data
 import evaluate
 import images
 import layouts
-import predict
+import numpy as np
 import record
-import run
+import safetensors.torch
 import settings
+import torch
 from cli import printable, sentence
+from PIL import Image
 from rivals.coprompt import sentence_lists
+
+import data
+import predict
+import run
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import test_layouts

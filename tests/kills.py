@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 
+import record
 import sentence_transformers  # noqa: F401  # here once, not in every forked process
 import torch
+from cli import end
 
 import data
-import record
 import run
-from cli import end
 
 SMALL = ["--method", "mao", "--shots", "2", "--epochs", "6", "--workers", "0"]
 RUNS = [

@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-
 from checkpoints import DEMO_WEIGHTS, clip, load_clip
+
 from encoders import encode_images_fast, encode_text, encode_text_fast
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}

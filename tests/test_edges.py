@@ -8,13 +8,12 @@ import sys
 import time
 import types
 
+import cli
+import images
 import pytest
 import torch
 from conftest import PROJECT
 from PIL import Image
-
-import cli
-import images
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")

@@ -7,17 +7,17 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
+import record
 import safetensors
 import torch
-from PIL import Image
-
-import predict
-import record
-from backbones import BACKBONES
-from encoders import clip, load_clip
 from evaluate import scorer
 from images import model_input
 from images import test_transform as preprocessing
+from PIL import Image
+
+import predict
+from backbones import BACKBONES
+from encoders import clip, load_clip
 from rivals import RIVALS  # noqa: F401  puts the rivals into BACKBONES
 
 NAMES = ["red door", "blue gate", "moon"]

@@ -3,16 +3,16 @@
 import json
 import os
 
+import images
+import layouts
 import numpy as np
 import pytest
+import record
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-import images
-import layouts
-import record
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = np.stack([GRAY, GRAY.T, GRAY[::-1]], axis=2)[:12]  # [12, 16, 3]

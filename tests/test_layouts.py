@@ -1,14 +1,15 @@
-"""The eleven datasets in tiny trees of their real layouts, against lists worked out by CoOp's rule."""
+"""The eleven datasets in tiny trees of their real layouts, against lists worked out by CoOp's rule; and downloads."""
 
 import json
+import pathlib
 import random
 
-import numpy as np
+import gdown
 import pytest
-import scipy.io
+from conftest import draw, refuses
 
 import data
-import layouts
+from harness import folders, layouts
 
 
 def touch(folder, paths):
@@ -53,102 +54,31 @@ def plain_folders(folder):
     return class_folders(folder / "images", names, [f"{{}}_{i:04d}.jpg" for i in range(10, 23)])
 
 
-def oxford_flowers(folder):
-    labels = [3, 3, 1, 2, 1, 3, 2, 1, 2, 3, 1, 1, 2, 2, 3]  # of image_00001.jpg, ..., from 1
-    names = {"1": "pink primrose", "2": "colt's foot", "3": "globe-flower"}
-    images = [f"image_{i:05d}.jpg" for i in range(1, 16)]
-    touch(folder / "jpg", images)
-    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([labels], dtype=np.uint8)})
-    (folder / "cat_to_name.json").write_text(json.dumps(names))
-    groups = []
-    for label in (3, 1, 2):  # in the order of their first image
-        found = [image for image, image_label in zip(images, labels) if image_label == label]
-        groups.append((label - 1, names[str(label)], found))
-    return {"all": groups}
+def coops_split(images, file):
+    """For a dataset that needs CoOp's split file: a function that makes the tree of such a file."""
 
+    def make(folder):
+        lists, names = {}, enumerate(("alpine sea", "b_c", "Zebra"))
+        names = list(names)
+        for part in ("train", "val", "test"):
+            paths = [[f"{part}/{name}_{number}.jpg" for number in range(7)] for _, name in names]
+            lists[part] = [(label, name, found) for (label, name), found in zip(names, paths)]
+            touch(folder / images, sum(paths, []))
+        (folder / file).write_text(json.dumps({part: items(groups) for part, groups in lists.items()}))
+        return lists
 
-def oxford_pets(folder):
-    breeds = {"Abyssinian": (0, "abyssinian"), "american_bulldog": (1, "american_bulldog"), "Bombay": (2, "bombay")}
-    lists = {}
-    for part, file, count in (("trainval", "trainval.txt", 6), ("test", "test.txt", 3)):
-        images = {breed: [f"{breed}_{i}" for i in range(count * 10, count * 11)] for breed in breeds}
-        write_lines(
-            folder / "annotations" / file,
-            [f"{image} {label + 1} 1 {label + 1}" for breed, (label, _) in breeds.items() for image in images[breed]],
-        )
-        touch(folder / "images", [f"{image}.jpg" for found in images.values() for image in found])
-        lists[part] = [(*breeds[breed], [f"{image}.jpg" for image in images[breed]]) for breed in breeds]
-    return lists
-
-
-def stanford_cars(folder):
-    names = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo Convertible 2012"]
-    read = ["2000 AM General Hummer SUV", "2012 Acura RL Sedan", "2012 smart fortwo Convertible"]
-    (folder / "devkit").mkdir(parents=True)
-    scipy.io.savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([names], dtype=object)})
-    lists = {}
-    for part, images, path in (
-        ("trainval", "cars_train", "devkit/cars_train_annos.mat"),
-        ("test", "cars_test", "cars_test_annos_withlabels.mat"),
-    ):
-        labels = [i % 3 if part == "trainval" else i // 6 for i in range(18)]
-        rows = [(39, 116, 569, 375, 1 + label, f"{i:05d}.jpg") for i, label in enumerate(labels, 1)]
-        fields = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
-        scipy.io.savemat(folder / path, {"annotations": np.array([rows], dtype=fields)})
-        touch(folder / images, [row[-1] for row in rows])
-        lists[part] = [
-            (label, read[label], [f"{images}/{i:05d}.jpg" for i, found in enumerate(labels, 1) if found == label])
-            for label in range(3)
-        ]
-    return lists
-
-
-def sun397(folder):
-    places = ["/a/abbey", "/b/bazaar/indoor", "/b/bazaar/outdoor"]
-    names = ["abbey", "indoor bazaar", "outdoor bazaar"]
-    write_lines(folder / "ClassName.txt", places)
-    lists = {}
-    for part, file in (("trainval", "Training_01.txt"), ("test", "Testing_01.txt")):
-        images = {place: [f"{place}/sun_{part}{i}.jpg" for i in range(7)] for place in reversed(places)}
-        write_lines(folder / file, [image for found in images.values() for image in found])
-        touch(folder / "SUN397", [image[1:] for found in images.values() for image in found])
-        lists[part] = [(label, names[label], [image[1:] for image in images[places[label]]]) for label in (2, 1, 0)]
-    return lists
-
-
-def ucf101(folder):
-    actions = {"ApplyEyeMakeup": "Apply_Eye_Makeup", "Archery": "Archery", "YoYo": "Yo_Yo"}
-    write_lines(folder / "ucfTrainTestlist" / "classInd.txt", [f"{i} {name}" for i, name in enumerate(actions, 1)])
-    lists = {}
-    for part, file in (("trainval", "trainlist01.txt"), ("test", "testlist01.txt")):
-        videos = {action: [f"v_{action}_g{i:02d}_{part}" for i in range(8)] for action in actions}
-        rows = []
-        for label, action in enumerate(actions, 1):
-            ending = f" {label}" if part == "trainval" else ""
-            rows += [f"{action}/{video}.avi{ending}" for video in videos[action]]
-        write_lines(folder / "ucfTrainTestlist" / file, rows)
-        lists[part] = [
-            (label, name, [f"{name}/{video}.jpg" for video in videos[action]])
-            for label, (action, name) in enumerate(actions.items())
-        ]
-        touch(folder / "UCF-101-midframes", [path for _, _, paths in lists[part] for path in paths])
-    return lists
+    return make
 
 
 def fgvc_aircraft(folder):
-    names = ["707-320", "Boeing 717", "DHC-8-100"]
+    names, lists = ["707-320", "Boeing 717", "DHC-8-100"], {}
     write_lines(folder / "variants.txt", names)
-    lists = {}
     for number, part in enumerate(("train", "val", "test")):
-        paths = [[f"{number}{label}{i}" for i in range(5)] for label in range(3)]
-        write_lines(
-            folder / f"images_variant_{part}.txt",
-            [f"{image} {name}" for name, found in zip(names, paths) for image in found],
-        )
-        lists[part] = [
-            (label, name, [f"{image}.jpg" for image in found]) for label, (name, found) in enumerate(zip(names, paths))
-        ]
-        touch(folder / "images", [path for _, _, found in lists[part] for path in found])
+        groups = [(label, name, [f"{number}{label}{i}.jpg" for i in range(5)]) for label, name in enumerate(names)]
+        rows = [f"{path[:-4]} {name}" for _, name, paths in groups for path in paths]
+        write_lines(folder / f"images_variant_{part}.txt", rows)
+        touch(folder / "images", [path for _, _, paths in groups for path in paths])
+        lists[part] = groups
     return lists
 
 
@@ -157,26 +87,29 @@ def imagenet(folder):
     write_lines(folder / "classnames.txt", [f"{wnid} {name}" for wnid, name in names.items()])
     lists = {"val": []}
     for part, images in (("train", "train"), ("test", "val")):
-        lists[part] = [
-            (label, name, [f"{images}/{wnid}/{wnid}_{i}.JPEG" for i in range(1, 9)])
-            for label, (wnid, name) in enumerate(names.items())
-        ]
-        touch(folder / "images", [path for _, _, paths in reversed(lists[part]) for path in reversed(paths)])
+        groups = class_folders(folder / "images" / images, names, [f"{{}}_{i}.JPEG" for i in range(1, 9)])["all"]
+        lists[part] = [(label, name, [f"{images}/{path}" for path in paths]) for label, name, paths in groups]
     return lists
 
 
 TREES = {
     "imagenet": ("imagenet", imagenet),
     "caltech101": ("caltech-101", caltech101),
-    "oxford_pets": ("oxford_pets", oxford_pets),
-    "stanford_cars": ("stanford_cars", stanford_cars),
-    "oxford_flowers": ("oxford_flowers", oxford_flowers),
+    "oxford_pets": ("oxford_pets", coops_split("images", "split_zhou_OxfordPets.json")),
+    "stanford_cars": ("stanford_cars", coops_split(".", "split_zhou_StanfordCars.json")),
+    "oxford_flowers": ("oxford_flowers", coops_split("jpg", "split_zhou_OxfordFlowers.json")),
     "food101": ("food-101", plain_folders),
     "fgvc_aircraft": ("fgvc_aircraft", fgvc_aircraft),
-    "sun397": ("sun397", sun397),
+    "sun397": ("sun397", coops_split("SUN397", "split_zhou_SUN397.json")),
     "dtd": ("dtd", plain_folders),
     "eurosat": ("eurosat", eurosat),
-    "ucf101": ("ucf101", ucf101),
+    "ucf101": ("ucf101", coops_split("UCF-101-midframes", "split_zhou_UCF101.json")),
+}
+BY_RULE = {
+    "caltech101": "split_zhou_Caltech101.json",
+    "food101": "split_zhou_Food101.json",
+    "dtd": "split_zhou_DescribableTextures.json",
+    "eurosat": "split_zhou_EuroSAT.json",
 }
 
 
@@ -189,18 +122,14 @@ def by_coops_rule(lists):
     if "train" in lists:
         return {part: items(lists[part]) for part in ("train", "val", "test")}
     random.seed(1)
-    split = {"train": [], "val": [], "test": items(lists.get("test", []))}
-    for label, name, paths in lists.get("all") or lists["trainval"]:
-        found = [[path, label, name] for path in paths]
+    split = {"train": [], "val": [], "test": []}
+    for group in lists["all"]:
+        found = items([group])
         random.shuffle(found)
-        val = round(0.2 * len(found))
-        if "all" in lists:
-            train = round(0.5 * len(found))
-            for part, start, end in (("train", 0, train), ("val", train, train + val), ("test", train + val, None)):
-                split[part] += found[start:end]
-        else:
-            split["val"] += found[:val]
-            split["train"] += found[val:]
+        train, val = round(0.5 * len(found)), round(0.2 * len(found))
+        split["train"] += found[:train]
+        split["val"] += found[train : train + val]
+        split["test"] += found[train + val :]
     return split
 
 
@@ -208,33 +137,25 @@ def by_coops_rule(lists):
 def test_lists_draws_and_halves_are_coops(name, tmp_path, capsys):
     folder, make = TREES[name]
     lists = make(tmp_path / folder)
-    source = data.open_dataset(name, tmp_path)
-    expected = by_coops_rule(lists)
-    assert source.split == expected
+    source, expected = folders.open_dataset(name, tmp_path), by_coops_rule(lists)
+    assert source.split == expected and source.read.plain
     assert all((source.image_folder / path).is_file() for part in expected.values() for path, _, _ in part)
-    made = name not in ("imagenet", "fgvc_aircraft")
-    assert ("the digits then differ" in capsys.readouterr().err) == made
-    assert data.open_dataset(name, tmp_path).split == expected  # ours, kept beside
-    assert ("is a split made here, not CoOp's" in capsys.readouterr().err) == made
-
-    # With CoOp's own split file in place, that one.
-    if made:
-        theirs = {part: found[1:] if part != "test" else found for part, found in expected.items()}
-        (tmp_path / folder / layouts.LAYOUTS[name].split).write_text(json.dumps(theirs))
-        assert data.open_dataset(name, tmp_path).split == theirs
-        expected = theirs
-
+    assert (f"no {BY_RULE.get(name)}" in capsys.readouterr().err) == (name in BY_RULE)
+    if name in BY_RULE:  # with CoOp's own split file in place, that one
+        expected = {part: found[1:] if part != "test" else found for part, found in expected.items()}
+        (tmp_path / folder / BY_RULE[name]).write_text(json.dumps(expected))
+        source = folders.open_dataset(name, tmp_path)
+        assert source.split == expected and capsys.readouterr().err == ""
+    names = [name for _, name, _ in next(iter(lists.values())) or lists["train"]]
     for seed in (1, 2, 3):
         random.seed(seed)
-        drawn = {}
-        for part, shots in (("train", 2), ("val", 2)):
-            drawn[part] = []
+        drawn = {"train": [], "val": []}
+        for part in drawn:
             for label in dict.fromkeys(label for _, label, _ in expected[part]):
                 of_label = [item for item in expected[part] if item[1] == label]
-                drawn[part] += random.sample(of_label, shots) if len(of_label) >= shots else of_label
-        assert data.few_shot(data.open_dataset(name, tmp_path).split, 2, seed) == drawn
-        task = data.open_task(data.open_dataset(name, tmp_path), 2, seed=seed)
-        names = [name for _, name, _ in sorted(next(iter(lists.values())) or lists["train"])]
+                drawn[part] += random.sample(of_label, 2) if len(of_label) >= 2 else of_label
+        assert data.few_shot(source.split, 2, seed) == drawn
+        task = data.base_to_new_task(source, 2, 2, seed)
         assert (task.base_names, task.new_names) == (names[:2], names[2:3])
         assert task.base_train == [item for item in drawn["train"] if item[1] < 2]
         assert task.new_train == [path for path, label, _ in drawn["train"] if label == 2]
@@ -242,54 +163,71 @@ def test_lists_draws_and_halves_are_coops(name, tmp_path, capsys):
 
 
 def test_templates():
-    assert [layout.template.format("x") for layout in layouts.LAYOUTS.values()] == [
-        "a photo of a x.",
-        "a photo of a x.",
-        "a photo of a x, a type of pet.",
-        "a photo of a x.",
-        "a photo of a x, a type of flower.",
-        "a photo of x, a type of food.",
-        "a photo of a x, a type of aircraft.",
-        "a photo of a x.",
-        "x texture.",
-        "a centered satellite photo of x.",
-        "a photo of a person doing x.",
-    ]
+    templates = {name: layout.template for name, layout in layouts.LAYOUTS.items()}
+    own = {
+        "oxford_pets": "a photo of a {}, a type of pet.",
+        "oxford_flowers": "a photo of a {}, a type of flower.",
+        "food101": "a photo of {}, a type of food.",
+        "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+        "dtd": "{} texture.",
+        "eurosat": "a centered satellite photo of {}.",
+        "ucf101": "a photo of a person doing {}.",
+    }
+    assert templates == {**dict.fromkeys(TREES, "a photo of a {}."), **own} and list(templates) == list(TREES)
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
 def test_what_is_missing_is_one_sentence(name, tmp_path, command):
-    code, out, err = command("data.py", name, "--root", tmp_path)
-    assert code == 2 and out == "" and err.count("\n") == 1 and "get " in err and "http" in err
-    assert str(tmp_path / TREES[name][0]) in err and list(tmp_path.iterdir()) == []
+    refuses(command(f"data.py {name} --root", tmp_path), "get ", "http", tmp_path / TREES[name][0])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "name, file, content",
-    [
-        ("oxford_flowers", "imagelabels.mat", b"not MATLAB"),
-        ("oxford_flowers", "cat_to_name.json", b"{}"),
-        ("stanford_cars", "devkit/cars_meta.mat", b""),
-        ("sun397", "ClassName.txt", b"/a/abbey\n"),
-        ("ucf101", "ucfTrainTestlist/classInd.txt", b"Archery\n"),
-        ("fgvc_aircraft", "variants.txt", b"\xff"),
-        ("oxford_pets", "annotations/test.txt", b"Abyssinian_1\n"),
-        ("imagenet", "classnames.txt", b"n01440764\n"),
-    ],
+    "name, file, content", [("fgvc_aircraft", "variants.txt", b"\xff"), ("imagenet", "classnames.txt", b"n01440764\n")]
 )
 def test_broken_lists_are_one_sentence(name, file, content, tmp_path, command):
     folder, make = TREES[name]
     make(tmp_path / folder)
     (tmp_path / folder / file).write_bytes(content)
-    code, _, err = command("data.py", name, "--root", tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "cannot be read" in err and not list(tmp_path.rglob("split_*"))
+    refuses(command(f"data.py {name} --root", tmp_path), "cannot be read", tmp_path / folder)
 
 
-def test_imagenets_validation_images_lying_flat(tmp_path):
-    folder = tmp_path / "imagenet"
-    for place in ("train/n01440764", "val"):
-        (folder / "images" / place).mkdir(parents=True)
-        (folder / "images" / place / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
-    (folder / "classnames.txt").write_text("n01440764 tench\n")
-    with pytest.raises(ValueError, match="if the images lie there flat, sort them with the script valprep.sh"):
-        layouts.read_split("imagenet", folder)
+# Downloads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dtd", "ucf101", "stanford_cars"])
+def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, command):
+    """What cannot be downloaded says what to get, from where, into which folder."""
+
+    def broken(root=None, download=True, **_):
+        if root is not None:
+            draw(pathlib.Path(root) / "dtd" / "dtd" / "images" / "banded" / "1.jpg")
+        raise ConnectionResetError("the line is dead")
+
+    monkeypatch.setattr(layouts.datasets, "DTD", broken)
+    monkeypatch.setattr(gdown, "download", broken)
+    found = command(f"data.py {name} --download --root", tmp_path)
+    refuses(found, f"into {tmp_path / name}", "http", "the line is dead" if name != "stanford_cars" else "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
+    """DTD by torchvision, its split file from Google Drive; where that fails, CoOp's rule and a line that says so."""
+    paths = [f"{kind}/{kind}_{number}.jpg" for kind in ("banded", "dotted", "woven") for number in range(10)]
+
+    def whole(root, download):
+        touch(pathlib.Path(root) / "dtd" / "dtd" / "images", paths)
+
+    def drive(id, output):
+        if refused:
+            raise gdown.exceptions.FileURLRetrievalError("Too many users\nhave viewed it")
+        found = [[path, "bdw".index(path[0]), path.split("/")[0]] for path in paths]
+        pathlib.Path(output).write_text(json.dumps({"train": found, "val": [], "test": found[::5]}))
+
+    monkeypatch.setattr(layouts.datasets, "DTD", whole)
+    monkeypatch.setattr(gdown, "download", drive)
+    for refused, count in ((True, 15), (False, 30)):
+        source, err = folders.open_dataset("dtd", tmp_path, download=True), capsys.readouterr().err
+        assert len(source.split["train"]) == count and ("Too many users" in err) == refused
+        assert err.count("\n") == 2 * refused
+    assert sorted(map(str, tmp_path.glob("*/*"))) == [f"{tmp_path}/dtd/images", f"{tmp_path}/dtd/{BY_RULE['dtd']}"]

@@ -5,17 +5,17 @@ import io
 import json
 import pathlib
 
+import evaluate
 import gdown
+import images
+import layouts
 import numpy as np
 import pytest
+import record
 import torch
 from PIL import Image
 
 import data
-import evaluate
-import images
-import layouts
-import record
 from backbones import CoOp
 from encoders import ZeroShot, as_clip_reads, clip, load_clip
 

@@ -8,10 +8,10 @@ import re
 
 import numpy as np
 import pytest
+import settings
 from conftest import PROJECT
 
 import data
-import settings
 from mao import candidates
 from sampler import HardNegativeSampler, minilm
 

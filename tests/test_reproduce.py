@@ -12,12 +12,12 @@ import sys
 import time
 
 import pytest
-from conftest import PROJECT
-
 import record
-from experiments import reproduce, sweep
+from conftest import PROJECT
 from layouts import LAYOUTS
 from record import read_metrics
+
+from experiments import reproduce, sweep
 
 TINY = ("--shots", "1", "--epochs", "2")
 

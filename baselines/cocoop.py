@@ -1,7 +1,7 @@
 """CoCoOp [8], "Conditional Prompt Learning for Vision-Language Models".
 
-Against CoOp the context depends on the image: a small net, the meta-net, turns the image's feature into one vector pi,
-which is added to all contexts. So every image has text features of its own:
+Compared with CoOp the context depends on the image: a small net, the meta-net, turns the image's feature into one
+vector pi, which is added to all contexts. So every image has its own text features:
 
     pi(I) = W2 ReLU(W1 f(I) + b1) + b2,  P(I) = [theta_1 + pi(I)] ... [theta_L + pi(I)],  L = CE
 
@@ -24,7 +24,7 @@ class CoCoOp(PromptLearner):
     text_depends_on_image = True
     tuned_labeler_refused = "cocoop's text is not the same for all images"
 
-    def __init__(self, clip_model, classnames, n_ctx=4):
+    def __init__(self, clip_model, classnames, n_ctx: int = 4):
         super().__init__(clip_model, classnames, n_ctx, "a photo of a" if n_ctx <= 4 else None)
         width, features = self.ctx.shape[1], clip_model.text_projection.shape[1]
         self.meta_net = nn.Sequential()
@@ -35,7 +35,7 @@ class CoCoOp(PromptLearner):
         self.f = None  # f(I) [B, d] of the batch at hand
 
     def image_features(self, images):
-        """f(I) [B, d] of images [B, 3, h, w]; frozen features [B, d] pass as they are. The text features want them."""
+        """f(I) [B, d], CLIP's own, kept for `text_features`."""
         self.f = frozen_image_features(self.clip_model, images)
         return self.f
 

@@ -15,15 +15,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backbones import MaPLe
-from encoders import encode_images_fast, frozen_image_features, name_finder, tokenize, zero_shot_text_features
+from backbones import AllTextFeatures, MaPLe, pixels
+from encoders import encode_images_fast, frozen_image_features, tokenize, zero_shot_text_features
+from harness import demo
+from harness.files import read_json
+from harness.folders import name_finder
 
 
-class CoPrompt(MaPLe):
+class CoPrompt(AllTextFeatures, MaPLe):
     """CoPrompt on MaPLe's prompts: `n_ctx` contexts before each of the first `depth` layers (12, or all if fewer).
 
-    weight: of both consistency losses. `sentences` maps class names to lists of strings, as many for each; set it
-    before a loss is asked for. `sentence` fixes which of them is taken; None draws one per step.
+    weight: of both consistency losses. sentences: a JSON file like the authors' gpt_file/*.json, from class names to
+    lists of K sentences, or such a dict; None is enough for the demo's classes, whose captions are known. `sentence`
+    fixes which of the K is taken; None draws one per step.
     """
 
     # the authors' code; Food101 takes 5 epochs
@@ -34,11 +38,19 @@ class CoPrompt(MaPLe):
         "sentences on the classes (appendix D)"
     )
 
-    def __init__(self, clip_model, classnames, n_ctx=2, depth=None, weight=8.0):
+    def __init__(
+        self,
+        clip_model,
+        classnames,
+        n_ctx: int = 2,
+        depth: int | None = None,
+        weight: float = 8.0,
+        sentences: str | None = None,
+    ):
         if depth is None:
             visual = getattr(clip_model.visual, "transformer", clip_model.transformer)  # MaPLe refuses a ResNet
             depth = min(12, clip_model.transformer.layers, visual.layers)
-        self.weight, self.sentences, self.sentence = weight, None, None
+        self.weight, self.sentences, self.sentence = weight, sentences, None
         super().__init__(clip_model, classnames, n_ctx, depth)
         features = clip_model.text_projection.shape[1]
         self.adapter_image, self.adapter_text = adapter(features).to(self.ctx), adapter(features).to(self.ctx)
@@ -48,17 +60,18 @@ class CoPrompt(MaPLe):
         self.classnames = classnames
         self.bank = None  # the sentences' features [K, C, d], computed where a loss needs them
 
-    def text_features(self, classes=None):
-        """w' of all classes [C, d], or of those in an index tensor [H, d]; unit length. All C are encoded, once."""
+    def check(self):
+        sentence_lists(self.clip_model, self.classnames, self.sentences)
+
+    def encode_all(self):
+        """w' of all classes [C, d], unit length."""
         w = self.unscaled_text_features()  # [C, d]
-        self.encoded = F.normalize(0.8 * w + 0.2 * self.adapter_text(w), dim=-1)
-        return self.encoded if classes is None else self.encoded[classes]
+        return F.normalize(0.8 * w + 0.2 * self.adapter_text(w), dim=-1)
 
     def image_features(self, images):
-        """f' [B, d] of images [B, 3, h, w], or of a pair of views, whose first it takes; unit length."""
-        first = images[0] if isinstance(images, (tuple, list)) else images
+        """f' [B, d], unit length. Of a pair of views, images that training gives, it takes the first."""
         context, *deep = self.visual_contexts()
-        f = encode_images_fast(self.clip_model, first, context, deep)
+        f = encode_images_fast(self.clip_model, pixels(images), context, deep)
         return F.normalize(0.9 * f + 0.1 * self.adapter_image(f), dim=-1)
 
     def other_losses(self, images, f):
@@ -67,10 +80,12 @@ class CoPrompt(MaPLe):
         images: a pair of views, [B, 3, h, w] each; one view alone serves as both. f: f' [B, d] of the first.
         ValueError: a class has no sentences.
         """
-        second = images[1] if isinstance(images, (tuple, list)) else images
+        second = images[1] if isinstance(images, tuple) else images
         if self.bank is None:
-            self.bank = sentence_bank(self.clip_model, self.classnames, self.sentences)
-        w = self.take_encoded().to(self.ctx.dtype)  # as mao.py: float32
+            lists = sentence_lists(self.clip_model, self.classnames, self.sentences)
+            of_each = [zero_shot_text_features(self.clip_model, sentences, ["{}"]) for sentences in zip(*lists)]
+            self.bank = torch.stack(of_each)  # of frozen CLIP, unit length [K, C, d]
+        w = self.take_text_features()
         k = torch.randint(len(self.bank), ()).item() if self.sentence is None else self.sentence
         f_0, w_0 = frozen_image_features(self.clip_model, second), self.bank[k]  # of frozen CLIP
         text = 1 - F.cosine_similarity(w, w_0.to(w)).mean()
@@ -89,32 +104,30 @@ def adapter(features):
 
 
 def sentence_lists(clip_model, classnames, sentences):
-    """The sentences of each class, lists of K strings, checked but not encoded.
+    """The sentences of each class, lists of K strings, checked but not encoded. sentences: as of `CoPrompt`.
 
-    sentences: a dict, class name -> list of strings. ValueError: none at all, none for a class, unequal numbers, or one
-    that is longer than CLIP's context.
+    FileNotFoundError: no such file. ValueError: none at all, none for a class, unequal numbers, or one that is longer
+    than CLIP's context.
     """
-    if sentences is None:
-        raise ValueError(
-            "coprompt needs sentences on the classes: give --sentences FILE, as its authors' gpt_file/*.json"
-        )
+    option = "--learner sentences="
+    if isinstance(sentences, str):
+        advice = 'give JSON, {"class name": ["a sentence", ...], ...}'
+        sentences = read_json(sentences, dict[str, list[str]], advice, option)
+    elif sentences is None and set(classnames) <= set(demo.CLASSNAMES):
+        sentences = demo.sentences()
+    elif sentences is None:
+        raise ValueError(f"coprompt needs sentences on the classes: give {option}FILE, as its authors' gpt_file/*.json")
     lists, find = [], name_finder(list(sentences))
     for name in classnames:
         found = sentences.get(find(name))
         if not found:
-            raise ValueError(f"--sentences has none for the class '{name}': add a list of them")
+            raise ValueError(f"{option} has none for the class '{name}': add a list of them")
         lists.append(found)
     if len({len(found) for found in lists}) > 1:
-        raise ValueError("--sentences must have as many sentences for each class: shorten the longer lists")
+        raise ValueError(f"{option} must have as many sentences for each class: shorten the longer lists")
     for name, found in zip(classnames, lists):
         try:
             tokenize(clip_model, [sentence.replace("_", " ") for sentence in found])
         except ValueError as error:
-            raise ValueError(f"--sentences has one for the class '{name}' that is too long: {error}") from error
+            raise ValueError(f"{option} has one for the class '{name}' that is too long: {error}") from error
     return lists
-
-
-def sentence_bank(clip_model, classnames, sentences):
-    """Frozen CLIP's features of the K sentences of each class, unit length [K, C, d]. Errors as `sentence_lists`."""
-    lists = sentence_lists(clip_model, classnames, sentences)
-    return torch.stack([zero_shot_text_features(clip_model, of_all_classes, ["{}"]) for of_all_classes in zip(*lists)])

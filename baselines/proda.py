@@ -1,8 +1,8 @@
 """ProDA [19], "Prompt Distribution Learning".
 
-Against CoOp it learns many prompts, and tunes the distribution of each class's text features over them: their mean m_c
-and covariance A, in an upper bound of the expected loss. P prompts are drawn per step, u_ck their features of unit
-length, y the image's class, s = 1/tau; per feature dimension d, A_d[i, j] is the covariance of classes i and j:
+Compared with CoOp it learns many prompts, and tunes the distribution of each class's text features over them: their
+mean m_c and covariance A, in an upper bound of the expected loss. P prompts are drawn per step. u_ck are their features
+of unit length, y the image's class, s = 1/tau. Per feature dimension d, A_d[i, j] is the covariance of classes i, j:
 
     A_d[i, j] = sum_k (u_ikd - m_id)(u_jkd - m_jd) / (P + 1),  R[i, j] = sum_d f_d^2 A_d[i, j]
     logit_c = s <f, m_c> + s^2 / 2 (R[y, y] + R[c, c] - 2 R[y, c]);  L = CE + 0.1 * mean over j != k of |cos(q_j, q_k)|
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backbones import PromptLearner
-from encoders import encode_text_fast, frozen_image_features, tokenize
+from encoders import encode_text_fast, tokenize
 
 
 class ProDA(PromptLearner):
@@ -27,10 +27,10 @@ class ProDA(PromptLearner):
     `drawn` fixes the prompts of a step; None takes the next ones of a random order.
     """
 
-    carried = ["order"]  # from step to step, beside the prompts
+    carried = ("order",)
     recipe = {"optimizer": "sgd", "epochs": 100, "lr": 0.001, "batch_size": 4}  # of CLIP_Calibration's port
 
-    def __init__(self, clip_model, classnames, n_ctx=16, prompts=32, prompt_batch=4):
+    def __init__(self, clip_model, classnames, n_ctx: int = 16, prompts: int = 32, prompt_batch: int = 4):
         super().__init__(clip_model, classnames, n_ctx)
         self.ctx = nn.Parameter(self.random(prompts, n_ctx, self.ctx.shape[1]))  # [K, L, w]
         self.prompt_batch, self.order, self.drawn = min(prompt_batch, prompts), [], None
@@ -75,10 +75,6 @@ class ProDA(PromptLearner):
                 self.order = torch.randperm(len(self.ctx)).tolist()
             drawn, self.order = self.order[: self.prompt_batch], self.order[self.prompt_batch :]
         return torch.stack([self.encode_prompt(k, classes) for k in drawn])
-
-    def image_features(self, images):
-        """f(I) [B, d] of images [B, 3, h, w]; frozen features [B, d] pass as they are."""
-        return frozen_image_features(self.clip_model, images)
 
     def training_logits(self, f, g, targets):
         """The upper bound's logits [B, H]. f: [B, d]. g: u [P, H, d]. targets: int64 [B], rows of each u."""

@@ -1,8 +1,8 @@
 """DePT [10], "Decoupled Prompt Tuning", here on CoOp.
 
-Against CoOp it adds a linear head z, trained beside the similarity scores a. The head can take up what only the base
-classes need. FiLM layers scale and shift the features before it. In training the head also classifies the text features
-of the batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
+Compared with CoOp it adds a linear head z, trained beside the similarity scores a. The head can take up what only the
+base classes need. FiLM layers scale and shift the features before it. In training the head also classifies the text
+features of the batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
 
     a = <u, w_c> / tau (cosine),  z(x) = W x + b
     L = 0.3 * CE(a, y) + 0.7 * CE([z(s_t * w_y + b_t), z(s_i * u + b_i)], [y, y]);  at test 0.3 a + 0.7 z, base classes
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backbones import PromptLearner
+from backbones import PromptLearner, pixels
 from encoders import encode_images_fast
 from mao import alterable_cross_entropy, similarity_logits
 
@@ -28,7 +28,7 @@ class DePT(PromptLearner):
     """
 
     tuned_labeler_refused = "dept's features are not of unit length"
-    prompts_images = True  # so that run.py passes images: the head wants features of their own length, not of length 1
+    prompts_images = True  # so that run.py passes images: the head takes features as they leave the encoder
     recipe = {  # of its CoOp host, for all datasets
         "optimizer": "sgd",
         "epochs": 10,
@@ -37,7 +37,7 @@ class DePT(PromptLearner):
         "lr_factors": {"film_image": 6.5, "film_text": 6.5, "head": 6.5},
     }
 
-    def __init__(self, clip_model, classnames, n_ctx=16, linear_weight=0.7):
+    def __init__(self, clip_model, classnames, n_ctx: int = 16, linear_weight: float = 0.7):
         self.head_classes, self.linear_weight = list(classnames), linear_weight
         super().__init__(clip_model, classnames, n_ctx)
         features = clip_model.text_projection.shape[1]
@@ -55,8 +55,8 @@ class DePT(PromptLearner):
 
     @torch.no_grad()
     def image_features(self, images):
-        """u [B, d] of images [B, 3, h, w], as it leaves the frozen encoder."""
-        return encode_images_fast(self.clip_model, images)
+        """u [B, d], as it leaves the frozen encoder."""
+        return encode_images_fast(self.clip_model, pixels(images))
 
     def cross_entropy(self, f, g, targets, classes):
         """0.3 CE(a) + 0.7 CE(z) over the candidates, or CE(a) where the head is for other classes: a scalar.

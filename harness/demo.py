@@ -1,8 +1,8 @@
 """The world of the embedded demo: drawn images of ten shapes in ten colors, in eleven domains.
 
-An image is one large shape, 32x32 pixels, on a near-white ground. Each domain has a light of its own, a 3x3 matrix
-over the colors of the whole image. The domains are the few-shot tasks, as the paper has eleven datasets. The demo's
-CLIP was trained on six of them by experiments/pretrain.py, and never saw the other five. So nothing is mocked:
+An image is one large shape on a near-white ground, 32x32 pixels. Each domain has its own light, a 3x3 matrix that is
+applied to the colors of the whole image. The domains are the few-shot tasks, like the paper's eleven datasets.
+experiments/pretrain.py trained the demo's CLIP on six of them, and it never saw the other five. So nothing is mocked:
 zero-shot works because it was learned, prompts help because the light differs, and some pseudo-labels are wrong.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 TEMPLATE = "a photo of a {}."
 SIZE = 32  # pixels
-CROP_SCALE = (0.7, 1.0)  # random resized crop; the paper's 0.08 can cut the shape away. The same for all methods
+CROP_SCALE = (0.7, 1.0)  # random resized crop, for all methods; the paper's 0.08 can cut the shape away
 POOL, TEST = 64, 20  # images per class: to draw few shots from, to score on
 
 # fmt: off
@@ -23,11 +23,11 @@ COLORS = {
     "green": (0.10, 0.60, 0.20), "orange": (0.98, 0.55, 0.08), "pink": (0.98, 0.50, 0.72),
     "purple": (0.52, 0.15, 0.70), "red": (0.88, 0.12, 0.12), "yellow": (0.95, 0.88, 0.10),
 }
-NEIGHBORS = {  # of every shape, the one whose name a loose caption says instead
+NEIGHBORS = {  # for every shape, the shape that an imprecise caption names instead
     "circle": "ring", "cross": "star", "diamond": "square", "heart": "moon", "hexagon": "circle",
     "moon": "ring", "ring": "circle", "square": "diamond", "star": "cross", "triangle": "diamond",
 }
-LIGHTS = {  # of every domain: out = M @ in, rows red, green, blue
+LIGHTS = {  # of every domain: output color = M @ input color, rows red, green, blue
     "plain": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "dusk": ((0.45, 0.10, 0.10), (0.10, 0.45, 0.15), (0.20, 0.25, 0.75)),
     "sunset": ((0.80, 0.30, 0.20), (0.15, 0.50, 0.10), (0.05, 0.10, 0.35)),
@@ -43,8 +43,8 @@ LIGHTS = {  # of every domain: out = M @ in, rows red, green, blue
 }
 # fmt: on
 SEEN = ("plain", "dusk", "sunset", "neon", "faded", "jungle")  # the domains of pretraining
-DEFAULT = "sepia"  # the domain that `--dataset demo` means
-NOISE = 0.04  # standard deviation of the pixel noise, in every domain alike
+DEFAULT = "sepia"  # the domain of `--dataset demo`
+NOISE = 0.04  # standard deviation of the pixel noise, the same in every domain
 CLASSNAMES = sorted(f"{color} {shape}" for color in COLORS for shape in NEIGHBORS)
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def draw(classname, domain, rng):
 
 
 def sentences():
-    """Captions of every class as pretraining has them, for CoPrompt: {class name: 18 sentences}."""
+    """Captions of every class like those of pretraining, for CoPrompt: {class name: 18 sentences}."""
     lights = ["", *(f"{domain} " for domain in SEEN if domain != "plain")]
     starts = [f"a {light}{kind} of a" for light in lights for kind in ("photo", "picture", "drawing")]
     return {name: [f"{start} {name}." for start in starts] for name in CLASSNAMES}
@@ -154,6 +154,6 @@ def split(domain):
 
 @functools.lru_cache(maxsize=8192)  # 3 KB each
 def read(path):
-    """The RGB image (PIL) of one of `split`'s paths: the same path gives the same pixels, everywhere."""
+    """The RGB image (PIL) of a path in `split`: the same path gives the same pixels on every machine."""
     domain, _, classname, _ = path.split("/")
     return Image.fromarray(draw(classname, domain, np.random.default_rng(zlib.crc32(path.encode()))))

@@ -1,0 +1,1 @@
+"""What any training script needs: options, images, datasets, CLIP checkpoints, the files of a run, scores."""
