@@ -1,12 +1,11 @@
-"""Eq. 1: the three prompt learners of the paper, and the zero-shot CLIP. One of your own: docs/backbone.md.
+"""Eq. 1: the three prompt learners of the paper, and the zero-shot CLIP. To add your own, see docs/backbone.md.
 
-Read `Learner` and `PromptLearner` first, and after them any of the others alone. CLIP is frozen and stands in
-encoders.py.
+Read `Learner` and `PromptLearner` first, then any of the others alone. CLIP is frozen; it is in encoders.py.
 
 A context is what is learned: L vectors, P of Eq. 1. A prompt is what an encoder reads. The textual prompt P_t is the
 start token, a context and the class name; the visual prompt P_v is a context alone, beside the patch tokens. MaPLe and
-PromptSRC have deep contexts too: after each of the first layers the next one replaces the last. A learner's
-`state_dict()` holds what is learned, and nothing else.
+PromptSRC have deep contexts too: after each of the first layers the next context overwrites the previous one. A
+learner's `state_dict()` holds what is learned, and nothing else.
 """
 
 import copy
@@ -27,7 +26,7 @@ from mao import similarity_logits
 
 
 class Learner(nn.Module):
-    """A prompt learner. It has what mao.py asks for, `set_classes(classnames)`, and these parts with their defaults.
+    """A prompt learner: `text_features(classes=None)`, `set_classes(classnames)`, and these parts, which have defaults.
 
     `images` of `image_features` and `other_losses` are [B, 3, h, w], or a pair of them and frozen CLIP's features
     [B, d], or where the image side is frozen these features alone.
@@ -36,7 +35,7 @@ class Learner(nn.Module):
     prompts_images = False  # whether `image_features` depends on what is learned
     text_depends_on_image = False  # whether `text_features` is [B, H, d], of the images last given to `image_features`
     needs_frozen_features = False  # whether `other_losses` compares with frozen CLIP's image features
-    cross_entropy = None  # its own, a method of mao.py's arguments
+    cross_entropy = None  # or a method (f, g, targets, classes), which replaces mao.alterable_cross_entropy
     views = 1  # how many augmented views of each training image it takes, as a tuple
     recipe = {}  # how its authors tune it: epochs, lr, batch_size, optimizer, eps, lr_factors, augmentation
     carried = ()  # names of attributes beside the parameters that the next epoch depends on
@@ -134,7 +133,7 @@ class PromptLearner(Learner):
 
     @torch.no_grad()
     def set_classes(self, classnames):
-        """The same prompts before C other class names."""
+        """Keeps the prompts and switches to C other class names."""
         tokens, ends = tokenize(self.clip_model, [f"{self.words} {name.replace('_', ' ')}." for name in classnames])
         embedded, length = self.clip_model.token_embedding(tokens), 1 + len(self.ctx) + len(self.fixed)
         self.start = embedded[0, :1]  # the start token                              [1, w]
@@ -238,8 +237,9 @@ class AllTextFeatures:
         return self.kept if classes is None else self.kept[classes]
 
     def take_text_features(self):
-        """g of all classes [C, d] from the last `text_features`, once, in the type of the context."""
-        g, self.kept = self.encode_all() if self.kept is None else self.kept, None
+        """g of all classes [C, d] in the context's type: `kept`, or a new encoding. Forgets it, for the next step."""
+        g = self.encode_all() if self.kept is None else self.kept
+        self.kept = None
         return g.to(self.ctx.dtype)
 
 

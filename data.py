@@ -53,6 +53,9 @@ def select(items, labels):
 
 
 # The task of a run ----------------------------------------------------------------------------------------------------
+#
+# It is made from a `folders.Source`, a dataset as its files state it: split {"train", "val", "test"}, read, template,
+# crop_scale. `folders.class_names(source)` is {label: name}.
 
 
 class TestSet(NamedTuple):
@@ -121,32 +124,32 @@ def few_shot_task(source, shots, seed):
     return Task(source.crop_scale, list(names.values()), items, source.read, {"accuracy": test_set(source)})
 
 
-def own_new_classes_task(source, args, kept=None):
+def own_new_classes_task(source, args, kept_test=None):
     """All classes of a `folders.Source` are base classes; the user has images of new classes, without labels.
 
-    args: settings with `unlabeled`, `new_classes` and `new_test`. kept: the items of --new-test that a run kept, to
-    score it again; then nothing is tuned, and the unlabeled images are left out. ValueError, FileNotFoundError: as
+    args: settings with `unlabeled`, `new_classes` and `new_test`. kept_test: the items of --new-test that a run kept,
+    to score it again; then nothing is tuned, and the unlabeled images are left out. ValueError, FileNotFoundError: as
     `few_shot_task`, `folders.read_names`, `images.find_images` and `folders.labeled_folder`.
     """
     task = few_shot_task(source, args.shots, args.seed)
     task.tests = {"base": task.tests["accuracy"]}
     task.new_names, task.new_read = folders.read_names(args.new_classes), FolderReader(pathlib.Path(args.unlabeled))
     folders.warn_of_same_names(task.new_names, task.base_names)
-    task.new_train = [] if kept else find_images(args.unlabeled)
+    task.new_train = [] if kept_test else find_images(args.unlabeled)
     if args.new_test:
-        items = kept or folders.labeled_folder(args.new_test, task.new_names, args.new_classes)
+        items = kept_test or folders.labeled_folder(args.new_test, task.new_names, args.new_classes)
         task.tests["new"] = TestSet(task.new_names, items, FolderReader(pathlib.Path(args.new_test)), source.template)
     return task
 
 
 def open_task(args, kept=None):
-    """The `Task` of a run's settings, an `options.Settings`; looks whether all of its images are there.
+    """The `Task` of a run's settings, an `options.Settings`; checks that all of its images exist.
 
     kept: the `Lists` that the run kept, to score it again. ValueError, FileNotFoundError: as the functions here; a
     missing or unreadable image.
     """
     root, name = args.root or "data", args.dataset
-    eurosat = name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists()  # 90 MB come without asking
+    eurosat = name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists()  # 90 MB, always downloaded
     split = kept.split if kept else None
     source = folders.open_dataset(name, root, args.download or eurosat, args.names, args.template, split)
     if args.protocol == "cross-dataset":  # Table 2: few-shot on the source, scored on all datasets with their classes

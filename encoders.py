@@ -1,9 +1,9 @@
-"""The frozen CLIP of section 3.1: the text encoder g and the image encoder f, run with prompts put in.
+"""The frozen CLIP of section 3.1: the text encoder g and the image encoder f, with learned prompts inserted.
 
-The model is the `clip` package's own, with its own weights. Each encoder stands here twice. The plain form runs every
-position through clip's own modules, as the authors' releases do. The fast form below it computes the same numbers with
-less work; tuning and scoring run the fast form. tests/test_encoders.py ties the two together, values and gradients, in
-float64.
+The model is the `clip` package's own, with its own weights. `load_clip` turns its gradients off, so a loss reaches only
+the prompts. Each encoder is implemented twice. The plain form runs every position through clip's own modules, as the
+authors' releases do. The fast form below it computes the same numbers with less work; tuning and scoring run the fast
+form. tests/test_encoders.py checks that they agree, values and gradients, in float64.
 
 Sizes: w is a transformer's width, d that of a feature. Layers count from 0, in clip's order.
 """
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from harness.clips import clip
-from harness.clips import load_clip as load_clip  # found here too, with the encoders that run it
+from harness.clips import load_clip as load_clip  # re-exported
 
 # The text encoder g ---------------------------------------------------------------------------------------------------
 
@@ -35,6 +35,34 @@ def encode_text(clip_model, prompts, ends, deep=()):
     return x[torch.arange(len(x)), ends] @ clip_model.text_projection  # [H, d]
 
 
+# The halves of a transformer block, for the fast forms. Matrices are multiplied in the type of their weights
+# (`clips.in_precision`). The activations between the layers, the layer norms and the features are float32.
+
+
+def project(block, x):
+    """First half of a block: LayerNorm, queries, keys, values: x [..., T, w] -> three of [..., heads, T, w/heads]."""
+    weight = block.attn.in_proj_weight
+    qkv = F.linear(layer_norm(block.ln_1, x).to(weight.dtype), weight, block.attn.in_proj_bias)
+    if not qkv.is_cuda:
+        qkv = qkv.to(x.dtype)  # on a CPU, the backward pass of bfloat16 attention is 15 times slower
+    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
+
+
+def finish(block, x, attended):
+    """Second half of a block: output projection, residual, MLP, residual.
+
+    x: [..., T, w]. attended: what its tokens attended to [..., heads, T, w/heads]. Returns [..., T, w].
+    """
+    out = block.attn.out_proj
+    x = x + out(attended.transpose(-2, -3).flatten(-2).to(out.weight.dtype))
+    return x + block.mlp(layer_norm(block.ln_2, x).to(block.mlp.c_fc.weight.dtype))
+
+
+def layer_norm(norm, x):
+    """LayerNorm in the type of x, where clip's own casts to float32."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
 def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     """The same features of prompts that share their first A tokens.
 
@@ -48,6 +76,7 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
     """
     (A, _), (H, S, _) = prefix.shape, suffix.shape
     position, device, ends = clip_model.positional_embedding, prefix.device, ends.cpu()
+    # Example: A = 5, S = 4, ends = [1, 3]: kept = [0, 1, 4, 5, 6, 7], rows = [5, 6, 6, 6, 7, 8, 9, 10].
     real = (torch.arange(S) <= ends[:, None]).flatten()  # [H*S], whether a suffix token is kept
     kept = real.nonzero()[:, 0].to(device)  # [T], which are
     rows = (A - 1 + real.cumsum(0)).to(device)  # [H*S], each token's row in x; a token behind the end has the end's
@@ -68,15 +97,15 @@ def encode_text_fast(clip_model, prefix, suffix, ends, deep=()):
         elif context is not None:  # [H, L, w], at the start of each suffix
             if A != 1:
                 raise ValueError(f"contexts of each prompt's own need a prefix of the start token alone, not of {A}")
-            own = rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten()  # [H*L], their rows in x
-            x = x.index_copy(0, own, context.flatten(0, 1).to(x.dtype))  # autocast may give it in half
+            own = rows.unflatten(0, (H, S))[:, : context.shape[1]].flatten()  # [H*L], rows in x
+            x = x.index_copy(0, own, context.flatten(0, 1).to(x.dtype))  # x's type, should a caller use autocast
         q, k, v = project(block, x)  # [heads, A + T, w/heads]
         if block is layers[-1]:
             break
         p = F.scaled_dot_product_attention(q[None, :, :A], k[None, :, :A], v[None, :, :A], is_causal=True)[0]
         s = F.scaled_dot_product_attention(unpacked(q), with_prefix(k), with_prefix(v), mask)
         x = finish(block, x, torch.cat([p, s.flatten(1, 2).index_select(1, kept)], dim=1))
-    end_rows = rows[S - 1 :: S]  # [H]
+    end_rows = rows[S - 1 :: S]  # [H]: each prompt's last column has its end token's row (here 6 and 10)
     q = q.index_select(1, end_rows).unsqueeze(2)  # [heads, H, 1, w/heads]
     s = F.scaled_dot_product_attention(q, with_prefix(k), with_prefix(v), mask[ends][:, None])  # the end tokens' rows
     x = finish(block, x[end_rows], s.squeeze(2))  # [H, w]
@@ -138,31 +167,6 @@ def encode_images_fast(clip_model, images, context=None, deep=()):
     return (layer_norm(visual.ln_post, x[:, 0]).to(visual.proj.dtype) @ visual.proj).to(x.dtype)
 
 
-# What the fast forms are made of. Matrices are multiplied in the type of their weights (`clips.in_precision`). The
-# activations between the layers, the layer norms and the features are float32.
-
-
-def project(block, x):
-    """Queries, keys and values of a transformer block: x [..., T, w] -> three of [..., heads, T, w/heads]."""
-    weight = block.attn.in_proj_weight
-    qkv = F.linear(layer_norm(block.ln_1, x).to(weight.dtype), weight, block.attn.in_proj_bias)
-    if not qkv.is_cuda:
-        qkv = qkv.to(x.dtype)  # a CPU's attention in bfloat16 takes 15 times as long to differentiate
-    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
-
-
-def finish(block, x, attended):
-    """The rest of a block: x [..., T, w] and what its tokens attended to [..., heads, T, w/heads] -> [..., T, w]."""
-    out = block.attn.out_proj
-    x = x + out(attended.transpose(-2, -3).flatten(-2).to(out.weight.dtype))
-    return x + block.mlp(layer_norm(block.ln_2, x).to(block.mlp.c_fc.weight.dtype))
-
-
-def layer_norm(norm, x):
-    """LayerNorm in the type of x, where clip's own casts to float32."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 # Tokens ---------------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +208,7 @@ def zero_shot_text_features(clip_model, classnames, templates):
 def frozen_image_features(clip_model, images):
     """Frozen CLIP's f(I), unit length [B, d].
 
-    images: [B, 3, h, w]. Where these features are known already, they pass as they are: [B, d] alone, or in a pair
+    images: [B, 3, h, w]. Features that are already computed are returned unchanged: [B, d] alone, or in a pair
     (images, features).
     """
     if isinstance(images, tuple):

@@ -1,11 +1,11 @@
 """The losses of MAO: the backbone's own (section 3.1), reg-B (section 3.2) and reg-N (section 3.3).
 
-This file needs PyTorch alone: copy it. Symbols, here and in the other files:
+This file depends only on PyTorch, so you can copy it. Symbols, here and in the other files:
 
     I, f(I)    an image, and its feature; f: [B, d] are those of a batch of B images
     C, g(C)    the classes a learner holds, C_b base or C_n new ones, and their text features.
                In a shape or a range, C is how many classes: g: [C, d]
-    P          a context: L learned vectors, all that is learned (Eq. 1)
+    P          a context: L learned vectors (Eq. 1)
     P_t, P_v   the textual prompt: start token, context, class name; and the visual one: a context
                beside the patch tokens
     tau        CLIP's temperature; logit_scale is 1/tau, 100 for the released CLIPs
@@ -20,8 +20,8 @@ A prompt learner, the paper's "backbone", is any object with
     other_losses(images, f)      optional: its losses besides the cross-entropy, summed, a scalar;
                                  called last in a step, so that it may use what the step computed
     cross_entropy(f, g, targets, classes)
-                                 optional: its own, over `classes` (None: all classes), for scores
-                                 that are more than a similarity
+                                 optional: replaces `alterable_cross_entropy`, for learners with a
+                                 second set of scores (DePT's head); classes: None for all
 
 f and g may have any length: `similarity_logits` scales them. Text that depends on the image is
 [B, H, d]; image_features is called before text_features. docs/backbone.md says what run.py needs
@@ -38,7 +38,7 @@ def similarity_logits(image_features, text_features, logit_scale):
     """The exponents of Eq. 3, <g, f> / tau with <,> the cosine: [B, H] (Eqs. 3 and 5).
 
     image_features: f [B, d]. text_features: g [H, d], a row per candidate, or [B, H, d] where text
-    depends on the image. logit_scale: 1/tau. ValueError: their shapes do not go together.
+    depends on the image. logit_scale: 1/tau. ValueError: their shapes do not match.
 
     Features are normalized here because learners of other projects may not return unit length.
     Everything runs in float32 at least: logits reach 100, where half precision has steps of 1/16.
@@ -108,7 +108,8 @@ def candidates(labels):
 
     There are H <= b*K, since a class may come up twice; the paper's "b log K" is a slip.
     labels: int64 [b*K]. Returns `classes` [H], the sorted unique labels, and `targets` [b*K], the
-    labels as positions in `classes`: classes[targets] == labels. ValueError: other labels.
+    labels as positions in `classes`: classes[targets] == labels.
+    ValueError: labels is not a 1-D integer tensor.
     """
     check_labels(labels)
     return labels.unique(return_inverse=True)
@@ -126,8 +127,8 @@ def base_loss(learner, images, labels):
     g = learner.text_features(classes)  # g(C~'_b)                [H, d]
     if g.shape[-2] != len(classes):
         raise ValueError(f"text_features gave {g.shape[-2]} rows for {len(classes)} `classes`")
-    loss = cross_entropy(learner, f, g, targets, classes)  # Eqs. 5 and 6
-    return loss + other_losses(learner, images, f)  # over all base classes, as without MAO
+    loss = cross_entropy(learner, f, g, targets, classes)  # g to unit length (Eq. 5), then Eq. 6
+    return loss + other_losses(learner, images, f)  # these: over all base classes, unchanged
 
 
 # 3.3 New classes. "Data-Driven Enhancement" is pseudolabel.py; "Alterable Regularization" is reg-N.
@@ -138,7 +139,8 @@ def new_loss(learner, images, pseudo_labels):
 
     images: I_n, B of them without labels, as the learner's image_features takes them.
     pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes:
-    run.py calls `set_classes` once, before the phase. Returns a scalar with a gradient.
+    run.py calls `set_classes` before the phase, which tokenizes the names once. Features are
+    normalized in each loss, where section 3.3 says once. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]
@@ -146,7 +148,7 @@ def new_loss(learner, images, pseudo_labels):
     return loss + other_losses(learner, images, f)
 
 
-# Wrong shapes would broadcast to a wrong loss without a word.
+# Without these checks, wrong shapes would silently broadcast to a wrong loss.
 
 
 def check_features(f, g):

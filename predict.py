@@ -48,7 +48,7 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
 
 
 class ImagesOrErrors(images.Images):
-    """An `images.Images` that goes on after an unreadable one: (uint8 [3, pixels, pixels], the error or "")."""
+    """An `images.Images` that returns an error instead of raising it: (uint8 [3, pixels, pixels], error or "")."""
 
     def __init__(self, paths, read, pixels):
         super().__init__(paths, read, images.test_transform(pixels))
@@ -73,7 +73,7 @@ def predict(learner, batches, device="cpu"):
 
 
 def write_table(out, paths, classes, batches):
-    """The CSV file `out`: of each path the class of the highest probability, and that; nothing where there is an error.
+    """The CSV file `out`: for each path, the most likely class and its probability; nothing for an unreadable image.
 
     Rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
     `predict`. Yields each batch again when it is written. OSError: it cannot be written.
@@ -95,7 +95,7 @@ def write_table(out, paths, classes, batches):
 
 
 def no_formula(text):
-    """A cell that no spreadsheet takes for a formula: one that begins like one gets an apostrophe before it."""
+    """Prefixes an apostrophe to a cell that a spreadsheet would take for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -150,7 +150,7 @@ def main(arguments=None):
 def classify(args, learner, classes, device):
     """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
 
-    UnreadableImage: the single image could not be.
+    UnreadableImage: the single image cannot be read.
     """
     single, folder = args.images.is_file(), args.images
     names, folder = ([folder.name], folder.parent) if single else (images.find_images(folder), folder)

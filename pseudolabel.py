@@ -1,6 +1,6 @@
 """Rapid pseudo-labeling of the new phase (section 3.3, "Data-Driven Enhancement", Eq. 7).
 
-This file needs PyTorch alone: copy it.
+This file depends only on PyTorch, so you can copy it.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """MAO: tunes prompts in two phases, with and without MAO, and scores them on base and new classes (Table 1).
 
-    python run.py                                        the embedded demo: no network, no GPU, some 2 minutes
+    python run.py                                        the embedded demo: no network, no GPU, about 2 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
     python run.py --dataset imagenet --protocol cross-dataset                                     Table 2
     python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            your own images
@@ -49,9 +49,9 @@ def random_images(learner, task, args):
 
 
 def foundation_labels(learner, task, args):
-    """The paper's (Eq. 7): the Top-1 of the foundation CLIP with "a photo of a {}.", of each augmented view."""
+    """The paper's (Eq. 7): the Top-1 of the foundation CLIP on each augmented view, with "a photo of a {}."."""
     labeler = PseudoLabeler(ZeroShot(learner.clip_model, task.new_names, task.label_template))
-    return lambda images, indices: (images, indices, labeler(images)[0]), task
+    return labels_of(labeler), task
 
 
 def tuned_labels(learner, task, args):
@@ -59,8 +59,12 @@ def tuned_labels(learner, task, args):
     tuned = LEARNERS[args.backbone](learner.clip_model, task.base_names, **args.learner_settings)
     tuned.load_state_dict(learner.state_dict())
     tuned.set_classes(task.new_names)
-    labeler = PseudoLabeler(tuned)
-    return lambda images, indices: (images, indices, labeler(images)[0]), task
+    return labels_of(PseudoLabeler(tuned)), task
+
+
+def labels_of(labeler):
+    """A function from a batch, images and their indices [B], to the images, indices and pseudo-labels to tune on."""
+    return lambda images, indices: (images, indices, labeler(images)[0])
 
 
 LEARNERS = BACKBONES  # CoOp, MaPLe, PromptSRC
@@ -80,7 +84,7 @@ def tune(learner, task, args, record):
     """
     if record.state is None or record.state["phase"] == "base":
         base_phase(learner, task, args, record)
-    else:  # --resume, of a run that was stopped in the new phase
+    else:  # --resume of a run that was stopped in the new phase: these are for states["base"], it restores the rest
         prompts = record.folder / "base.safetensors"
         learner.load_state_dict(runs.read_prompts(prompts, args.backbone, args.clip_sha256))
     states = {"base": copy.deepcopy(learner.state_dict())}  # these score the base classes
@@ -95,9 +99,10 @@ def base_phase(learner, task, args, record):
     mao = args.method == "mao" and not args.no_base
     sampler = SAMPLERS[args.sampler if mao else "random"](learner, task, args)  # "hard": Eq. 4
     loss_of = base_loss if mao and not args.no_reg_base else backbone_loss  # Eq. 6, or Eq. 2
-    batches = PhaseBatches(1, learner, task, sampler, args)
+    batches = PhaseBatches(1, learner, task, sampler, args)  # the sampler's images, augmented, with their labels
     optimizer = make_optimizer(learner, args.base.lr, args.recipe)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")  # otherwise it changes nothing
+    # 1..epochs; with --resume those that are left, and learner, optimizer and scaler are restored first
     for epoch in record.epochs_left("base", args.base.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.base.epochs)
         for images, labels in batches.of(epoch):  # I'_b [b*K, 3, h, w], T'_b [b*K]
@@ -112,8 +117,8 @@ def base_phase(learner, task, args, record):
 
 
 def new_phase(learner, task, args, record):
-    """Phase 2 (section 3.3): the prompts of phase 1 are tuned on, with unlabeled images of the new classes."""
-    label, task = LABELERS[args.labeler](learner, task, args)  # "clip": Eq. 7
+    """Phase 2 (section 3.3): tuning continues from phase 1's prompts, on unlabeled images of the new classes."""
+    label, task = LABELERS[args.labeler](learner, task, args)  # "clip": Eq. 7; only "balanced" changes the task
     loss_of = labelers.soft_new_loss if args.labeler == "soft" else new_loss  # Eq. 8
     learner.set_classes(task.new_names)  # C_n, which supersede the base classes
     first = 0
@@ -121,13 +126,13 @@ def new_phase(learner, task, args, record):
         learner.set_classes(task.base_names + task.new_names)
         first = len(task.base_names)
     sampler = ShuffledBatches(len(task.new_train), args.new.batch_size, args.seed)
-    batches = PhaseBatches(2, learner, task, sampler, args)  # indices instead of labels
+    batches = PhaseBatches(2, learner, task, sampler, args)  # with indices instead of labels
     optimizer = make_optimizer(learner, args.new.lr, args.recipe)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     for epoch in record.epochs_left("new", args.new.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.new.epochs)
         labeled = []  # indices and pseudo-labels; only the evaluation knows which of them are right
-        for images, indices in batches.of(epoch):  # I_n [B, 3, h, w], and frozen CLIP's f(i_n) [B, d]
+        for images, indices in batches.of(epoch):  # a pair: I_n [B, 3, h, w], and frozen CLIP's f(i_n) [B, d]
             images, indices, pseudo_labels = label(images, indices)  # Eq. 7: t^_n [B]
             if not len(indices):  # "confident" found none in this batch
                 record.step()
@@ -214,7 +219,7 @@ def score_again(folder, typed):
     """Scores a finished row again from its prompts, and prints the table.
 
     typed: the settings given with --eval, such as where data and CLIP are now. ValueError, FileNotFoundError: a broken
-    folder, a row that is not finished, or other data than the run had.
+    folder, a row that is not finished, or data that differs from the run's.
     """
     config, result = runs.read_config(folder), runs.read_result(folder)
     if result is None:

@@ -1,6 +1,7 @@
 """The hard-negative sampler of the base phase (section 3.2, "Data-Driven Enhancement", Eq. 4).
 
-This file needs nothing of the project: copy it. MAO's data is one changed argument of a DataLoader:
+This file imports nothing from this project, so you can copy it. To get MAO's batches, change one
+argument of a DataLoader:
 
     sampler = HardNegativeSampler(labels, classnames, batch_size=4, top_k=8)
     loader = DataLoader(dataset, batch_sampler=sampler)
@@ -21,14 +22,14 @@ class HardNegativeSampler(Sampler):
     """A batch sampler: each of b anchor images brings its class's K nearest classes (Eq. 4).
 
     labels: ints, the class of each training image, in 0..C_b-1. classnames: the C_b base classes.
-    batch_size: b, the anchors of a batch, which then holds b*K images; so the attribute batch_size
-    is b*K, as other libraries read it. top_k: K, classes per anchor, its own (cosine 1) the first.
+    batch_size: b, the anchors. Careful: the attribute `batch_size` is b*K, a batch's length, as
+    other libraries read it. top_k: K, classes per anchor, its own (cosine 1) the first.
     seed: of all draws. encoder: list of names -> embeddings [C_b, width], MiniLM unless given.
 
     Yields lists of b*K image indices: an anchor, then one image of each of its K-1 other classes,
     then the next anchor with its own, and so on. An epoch takes every image as an anchor once; a
     last incomplete batch is dropped where a full one exists.
-    ValueError: K not in 1..C_b, b < 1, a label that is no int in 0..C_b-1, a class without images.
+    ValueError: K not in 1..C_b, b < 1, a label not an int in 0..C_b-1, a class without images.
     """
 
     def __init__(self, labels, classnames, batch_size=4, top_k=8, seed=1, encoder=None):
@@ -48,7 +49,7 @@ class HardNegativeSampler(Sampler):
         return max(1, len(self.labels) // self.anchors)
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])  # nothing else decides the draw
+        rng = np.random.default_rng([self.seed, self.epoch])  # the draw depends on nothing else
         self.epoch += 1
         anchors = rng.permutation(len(self.labels))
         for step in range(len(self)):

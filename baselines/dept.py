@@ -1,10 +1,10 @@
 """DePT [10], "Decoupled Prompt Tuning", here on CoOp.
 
 Compared with CoOp it adds a linear head z, trained beside the similarity scores a. The head can take up what only the
-base classes need. FiLM layers scale and shift the features before it. In training the head also classifies the text
-features of the batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
+base classes need. FiLM layers, with scale s and shift b of each side, come before it. In training the head also
+classifies the text features of the batch's labels. With u = f(I) and w_c as they leave the encoders, not normalized:
 
-    a = <u, w_c> / tau (cosine),  z(x) = W x + b
+    a = <u, w_c> / tau (cosine),  z(x) = W x + c
     L = 0.3 * CE(a, y) + 0.7 * CE([z(s_t * w_y + b_t), z(s_i * u + b_i)], [y, y]);  at test 0.3 a + 0.7 z, base classes
 
 Settings: the authors' code (Koorye/DePT @ d4ff416, under the GPL: this is written from its description alone). Head and
@@ -42,7 +42,7 @@ class DePT(PromptLearner):
         super().__init__(clip_model, classnames, n_ctx)
         features = clip_model.text_projection.shape[1]
         self.film_image, self.film_text = FiLM(features).to(self.ctx), FiLM(features).to(self.ctx)
-        self.head = nn.Linear(features, len(classnames)).to(self.ctx)  # W [C, d], b [C]
+        self.head = nn.Linear(features, len(classnames)).to(self.ctx)  # W [C, d], c [C]
 
     def set_classes(self, classnames):
         super().set_classes(classnames)

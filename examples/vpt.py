@@ -1,9 +1,9 @@
-"""A prompt learner of your own: visual prompts beside the patch tokens, and zero-shot CLIP's text (docs/backbone.md).
+"""A prompt learner of your own: visual prompts beside the patch tokens, and frozen CLIP's text (docs/backbone.md).
 
-    python examples/vpt.py --backbone vpt --shots 2 --epochs 4     the three rows of the table, on the demo
-    python examples/vpt.py --eval runs/demo-vpt-mao-...            scores one of them again
+    python examples/vpt.py --backbone vpt --shots 2 --epochs 4            three rows of the table, on the demo
+    python examples/vpt.py --eval runs/demo-vpt-mao-seed1-shots2-...      scores one of them again
 
-A method that a learner lacks here has the default of `backbones.Learner`, such as CLIP's temperature.
+What the class leaves out, such as CLIP's temperature, has its default in `backbones.Learner`.
 """
 
 import pathlib

@@ -70,13 +70,6 @@ AUTHORS, MAO_BASE, MAO_NEW = ", authors' way", " + MAO, base phase", " + MAO, ne
 PAPERS_THREE = [name for name in run.LEARNERS if name not in BASELINES]
 
 
-def random_clip(sizes, device, precision):
-    torch.manual_seed(0)
-    model = clip.model.CLIP(*SIZES[sizes])
-    torch.nn.init.constant_(model.logit_scale, np.log(100))
-    return in_precision(model.eval().requires_grad_(False).to(device), PRECISIONS[precision])
-
-
 def names(count):
     """`count` class names of Flowers102's lengths."""
     return [FLOWERS[i % 51] + ("" if i < 51 else f" {chr(97 + i // 51 % 26)}") for i in range(count)]
@@ -218,10 +211,12 @@ class Case:
 
     def __init__(self, sizes, device, meter, batch, precision="fp32"):
         self.sizes, self.device, self.meter, self.batch = sizes, device, meter, batch
-        self.model, self.classnames = random_clip(sizes, device, precision), names(51)
-        pixels = self.model.visual.input_resolution
+        torch.manual_seed(0)
+        model = clip.model.CLIP(*SIZES[sizes]).eval().requires_grad_(False)
+        torch.nn.init.constant_(model.logit_scale, np.log(100))
+        self.model, self.classnames = in_precision(model.to(device), PRECISIONS[precision]), names(51)
         torch.manual_seed(1)
-        self.images = torch.randn(batch, 3, pixels, pixels, device=device)
+        self.images = torch.randn(batch, 3, *[model.visual.input_resolution] * 2, device=device)
         self.labels = torch.arange(batch) % 51
         b, k = options.paper_batch(51)
         b, k = (b, k) if batch >= b * k else (2, batch // 2)  # a small batch of hard negatives for --quick
@@ -369,8 +364,8 @@ def bench_table_3(case, backbone):
         del losses[MAO_NEW]
     calls = {name: functools.partial(gradients, learner, loss) for name, loss in losses.items()}
     with torch.no_grad():
-        scores = scorer(learner)
-    costs = case.meter({**calls, "at test": lambda: torch.no_grad()(scores)(case.images)})
+        at_test = torch.no_grad()(scorer(learner))
+    costs = case.meter({**calls, "at test": lambda: at_test(case.images)})
     rate = case.batch / min(costs["at test"].clock)
     return [{**case.row(name, learner, costs[name]), "images_per_second": rate} for name in losses]
 
@@ -403,10 +398,8 @@ def bench_loader(meter, count=IMAGES, pixels=224):
 def describe(case):
     """The machine and what runs on it, a line."""
     device = torch.cuda.get_device_name() if case.device == "cuda" else platform.machine()
-    return (
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {case.sizes}, {case.batch} images "
-        f"per step, {case.meter.turns} turns, {time.strftime('%Y-%m-%d')}"
-    )
+    here = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    return f"{here}; CLIP {case.sizes}, {case.batch} images per step, {case.meter.turns} turns"
 
 
 def bench(sizes="vit-b/16", device="cpu", quick=True, turns=3, backbones=tuple(PAPERS_THREE)):
@@ -444,11 +437,10 @@ def impossible(ratios):
 
 # The command ----------------------------------------------------------------------------------------------------------
 
-TITLES = {  # of keys in the JSON
-    "mib": "peak MiB of a step", "step": "s per step", "steps": "steps per epoch", "epoch": "s per epoch",
-    "images_per_second": "images/s at test", "authors": "text side, authors' way", "plain": "all classes",
-    "mao": "MAO's candidates", "differences": "largest relative difference from the baseline",
-}  # fmt: skip
+# Of keys in the JSON:
+TITLES = {"mib": "peak MiB of a step", "step": "s per step", "steps": "steps per epoch", "epoch": "s per epoch",
+          "images_per_second": "images/s at test", "authors": "text side, authors' way", "plain": "all classes",
+          "mao": "MAO's candidates", "differences": "largest relative difference from the baseline"}  # fmt: skip
 
 
 def show(found):

@@ -175,11 +175,13 @@ def write_names(axis, points, names):
 
 
 def bars(lines, settings):
-    """Fig. 3: average H of each row, with its spread. lines: of experiments/reproduce.py, those with the score H."""
+    """Fig. 3: average H of each row, with its spread. lines: those of experiments/reproduce.py with the score H.
+
+    settings: the text under the figure.
+    """
     figure, (axis,) = canvas(1, f"H over {settings}. DePT is implemented on CoOp alone.", 9, 3.8)
-    hatches = {"MAO": "//", "DePT": ".."}
     for place, line in enumerate(lines):
-        hatch = next((hatches[name] for name in hatches if name in line["row"]), "")
+        hatch = "//" if "MAO" in line["row"] else ".." if "DePT" in line["row"] else ""
         how = {"color": TONES[2] if hatch else TONES[1], "edgecolor": "black", "hatch": hatch}
         bar = axis.bar(place, line["ours"], 0.7, yerr=line["spread"], capsize=4, **how)
         axis.bar_label(bar, fmt="%.1f", padding=3)
@@ -189,7 +191,10 @@ def bars(lines, settings):
 
 
 def panels(lines, scores, xlabel, settings):
-    """Fig. 4: one panel per score over a number. lines: of experiments/reproduce.py; "row" is the number."""
+    """Fig. 4: one panel per score over a number. lines: of experiments/reproduce.py; their "row" is the number.
+
+    settings: the text under the figure.
+    """
     figure, axes = canvas(len(scores), settings, 3 * len(scores), 3)
     for axis, score in zip(axes, scores):
         found = [line for line in lines if line["score"] == score]

@@ -1,6 +1,6 @@
 """What MAO's scores hide, and other ways to run its new phase: docs/results.md's tables and figure, on the demo.
 
-    python -m experiments.hidden --figure assets/hidden.png    all eleven domains, seeds 1 to 3 (2 cores: some hours)
+    python -m experiments.hidden --figure assets/hidden.png    all eleven domains, seeds 1 to 3 (2 cores: hours)
     python -m experiments.hidden --clip clip1.pt               zero-shot CLIP, CoOp and CoOp + MAO on another CLIP
 
 The cells are rows of run.py, by experiments/sweep.py: on Ray where it is installed, each on one thread. A finished cell

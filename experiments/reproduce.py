@@ -23,7 +23,8 @@ import torch
 from msgspec import Meta
 
 from baselines import BASELINES
-from experiments import bench, figures, sweep
+from experiments import figures, sweep
+from experiments.bench import PAPERS_THREE, Meter
 from experiments.tables import markdown, over_datasets, over_seeds, text
 from harness import demo, options
 from harness.cli import printable, run_main, warn
@@ -35,7 +36,6 @@ from harness.scores import harmonic_mean, scorer
 from run import LEARNERS
 
 PAPER = json.loads(pathlib.Path(__file__).with_name("paper.json").read_text())  # its tables; notes say what is missing
-PAPERS_THREE = [name for name in LEARNERS if name not in BASELINES]
 
 # The rows of the tables -----------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def figure_4_right(args):
     return [Row(str(n), "coop", "mao", f"--unlabeled-shots {n}" if n != 16 else "") for n in counts]
 
 
-DEPT = Row("CoOp + DePT", "dept", "backbone")  # implemented on CoOp alone
+DEPT = Row("CoOp + DePT", "dept", "backbone")  # of Fig. 3; it is implemented on CoOp alone
 TABLE_3 = [
     *pairs(["coop"])[1:],
     Row("MaPLe", "maple", "backbone", "", "maple"),
@@ -142,7 +142,7 @@ def inference_rate(folder, batch=64):
     _, clip_model, learner, _ = figures.load_row(folder, device)
     pixels, classify = clip_model.visual.input_resolution, scorer(learner)
     images = torch.randn(batch, 3, pixels, pixels, device=device)
-    return batch / min(bench.Meter(device, 4)({"": lambda: classify(images)})[""].clock)
+    return batch / min(Meter(device, 4)({"": lambda: classify(images)})[""].clock)
 
 
 class Made(NamedTuple):
@@ -241,18 +241,18 @@ def lines_of(name, args, out, failed):
 def papers(made, row, dataset, whole, args):
     """{score: figure} that the paper has for a row: of a dataset, or its average over the datasets `whole`."""
     found = PAPER[made.paper]["rows"].get(row.paper, {}) if made.paper else {}
-    some = not args.demo and len(whole) < len(LAYOUTS)  # the average is not over the paper's eleven datasets
+    partial = not args.demo and len(whole) < len(LAYOUTS)  # the average is not over the paper's eleven datasets
     if made.scores is transfer:  # the average is over the targets
         targets = [target for target in args.named if target in found and target != "imagenet"]
         if 0 < len(targets) < 10 and not args.demo:
             found = {**found, "average": statistics.mean(found[target] for target in targets)}
         return found
-    if made.each and dataset == "average" and found and whole and some:
+    if made.each and dataset == "average" and found and whole and partial:
         found = {half: statistics.mean(found[one][half] for one in whole) for half in ("base", "new")}
         found["h"] = harmonic_mean(found["base"], found["new"])
     elif made.each:
         found = found.get(dataset, {})
-    elif made.scores is halves and some:
+    elif made.scores is halves and partial:
         found = {}  # the paper's other tables have the average over eleven datasets alone
     return {score: found[word] for score, word in PAPERS_WORDS.items() if word in found}
 
@@ -278,8 +278,8 @@ def written(name, lines, notes, args):
         about.append("the paper's figures are of its own datasets" if args.demo else "difference: ours - paper")
     if not made.each and lines[0]["dataset"] == "average":
         about.append("figures.csv has each dataset")
-    notes = "".join(f"\n{printable(note)}" for note in notes)
-    return f"### {made.title}\n\n{'; '.join(about)}\n\n{markdown(table)}\n{notes}".rstrip() + "\n"
+    below = "\n".join(["", *map(printable, notes)]).rstrip()
+    return f"### {made.title}\n\n{'; '.join(about)}\n\n{markdown(table)}\n{below}\n"
 
 
 def seeds_of(args):
@@ -288,10 +288,8 @@ def seeds_of(args):
 
 # The plan -------------------------------------------------------------------------------------------------------------
 
-CLASSES = {  # of each dataset
-    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102,
-    "food101": 101, "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
-}  # fmt: skip
+CLASSES = {"imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102,
+           "food101": 101, "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101}  # fmt: skip
 # Seconds of a step of 32 images on a CPU, where no cell of the kind (see `work_of`) is finished yet. ViT-B/16's are
 # those of docs/speed.md, on 2 cores.
 STEP = {("coop", False): 4.4, ("maple", False): 9.2, ("promptsrc", False): 13.0,
@@ -415,8 +413,8 @@ def arguments():
     add("--serial", action="store_true", help="one cell after another, without Ray")
     add("--address", metavar="HOST:PORT", help="of a Ray cluster (default: Ray starts by itself, here)")
     add("--cpus-per-run", type=count, default=1, metavar="N", help="threads of a cell (default: 1)")
-    gpus = options.checked(Annotated[float, Meta(ge=0, le=64)])
-    add("--gpus-per-run", type=gpus, metavar="X", help="default: 0.25 where there is a GPU, else 0")
+    gpus, share = options.checked(Annotated[float, Meta(ge=0, le=64)]), 0.25 if torch.cuda.is_available() else 0.0
+    add("--gpus-per-run", type=gpus, default=share, metavar="X", help="default: 0.25 where there is a GPU, else 0")
     add("--memory-per-run", type=count, metavar="MIB", help="that Ray keeps for a cell (default: none)")
     args = parser.parse_args()
     if args.serial and args.address is not None:
@@ -436,8 +434,6 @@ def arguments():
     args.of_table_2 = args.backbones or (["coop"] if args.quick else PAPERS_THREE)
     args.backbones = args.backbones or PAPERS_THREE
     args.recipe = args.recipe or ("paper" if args.demo else "own")
-    if args.gpus_per_run is None:
-        args.gpus_per_run = 0.25 if torch.cuda.is_available() else 0.0
     args.device = "cuda" if args.gpus_per_run else "cpu"
     return args
 

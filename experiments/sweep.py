@@ -118,7 +118,8 @@ def run_cells(cells, out, threads=1, device="cpu", own=(), serial=False, **ray):
         serial = True
     clear(out, {parsed(cell)[1] for cell in cells})
     failed, how = {}, (cells, out, threads, device, own)
-    for cell, error, warnings in tqdm(serially(*how) if serial else on_ray(*how, **ray), "cells", len(cells)):
+    outcomes = serially(*how) if serial else on_ray(*how, **ray)
+    for cell, error, warnings in tqdm(outcomes, "cells", len(cells), disable=not cells):
         name = parsed(cell)[1]
         for warning in dict.fromkeys(warnings):
             warn(f"{name}: {warning.split(': warning: ', 1)[1]}")
@@ -171,7 +172,7 @@ def on_ray(cells, out, threads, device, own=(), gpus=0.0, mib=None, address=None
                 try:
                     yield cell, *ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    yield cell, f"its worker was lost {RETRIES + 1} times ({' '.join(str(error).split())[:200]})", []
+                    yield cell, f"Ray could not run it ({' '.join(str(error).split())[:200]})", []
 
 
 @contextlib.contextmanager

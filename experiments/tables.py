@@ -34,9 +34,8 @@ def over_seeds(by_seed):
     if found.get("Base") is not None and found.get("New") is not None:
         each["H"] = [harmonic_mean(cell["Base"], cell["New"]) for cell in by_seed]
         found["H"] = harmonic_mean(found["Base"], found["New"])
-    several = len(by_seed) > 1
     return {
-        score: (found[score], statistics.stdev(each[score]) if several and found[score] is not None else None)
+        score: (found[score], statistics.stdev(each[score]) if by_seed[1:] and found[score] is not None else None)
         for score in sorted(found, key=lambda score: ORDER.get(score, len(ORDER)))
     }
 

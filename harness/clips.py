@@ -17,7 +17,6 @@ from harness.files import read_json
 
 with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which warns that it is deprecated
     import clip.model
-warnings.filterwarnings("ignore", "QuickGELU mismatch")  # of open_clip, between a name and a tag: the tag is right
 
 DEMO_WEIGHTS = pathlib.Path(__file__).parent.parent / "assets" / "demo-clip.pt"
 DEMO_SHA256 = "ceef180d8fb7298f6ca0ef15cd9498ab0e369f6debe1de19ad678798ca74f2a3"
@@ -25,7 +24,7 @@ ACTIVATIONS = {"quickgelu": clip.model.QuickGELU, "gelu": torch.nn.GELU}  # Open
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")  # in a folder
 
-# What weights do not tell, (activation, width of a head) of the image side and of the text side. None: not known.
+# What weights do not tell: (activation, width of a head) of the image side, and of the text side. None: not known.
 UNKNOWN, OPENAI = ((None, None), (None, None)), (("quickgelu", 64), ("quickgelu", 64))
 
 # Signs of a model that clip.model.CLIP cannot hold, in a config or in the list of the keys of weights, as Python prints
@@ -38,11 +37,11 @@ OTHER_KINDS = re.compile(
     r"'hidden_act': '(?!gelu'|quick_gelu')\w+|'layer_norm_eps': (?!1e-05)[^,}]+)"
 )
 
-# Keys of what wraps a model, and of what is computed or is a part of another key's tensor here.
+# What wrapping a model puts before its keys. Keys of what is computed, or joins the tensor of another key (k, v).
 WRAPPED = re.compile(r"^((module|_orig_mod|model|clip|clip_model)\.)+")
 SKIPPED = re.compile(r"input_resolution|context_length|vocab_size|attn_mask|position_ids|_tracked|self_attn\.[kv]_")
 
-# Parts of Hugging Face's keys and what OpenAI's keys have instead, replaced in this order.
+# Parts of Hugging Face's keys, and what OpenAI's keys have instead. They are replaced in this order.
 RENAMES = {
     "text_model.": "", "vision_model.": "visual.", "embeddings.": "", "encoder.layers": "transformer.resblocks",
     "position_embedding.weight": "positional_embedding", "patch_embedding": "conv1", "final_layer_norm": "ln_final",
@@ -67,11 +66,12 @@ def load_clip(name="ViT-B/16", device="cpu", activation=None, head_width=None):
     1024 (otherwise 64).
 
     The SHA-256 is of the file, or of the only file of weights in the folder; otherwise of the model's tensors.
-    FileNotFoundError: no such CLIP. ValueError: it is not a CLIP, or not of a kind that clip.model.CLIP can hold; or
-    the activation, the head width, a package or the network is missing.
+    FileNotFoundError: there is no such CLIP, or its package is missing or cannot download or open it. ValueError: it is
+    not a CLIP, or not of a kind that clip.model.CLIP can hold; or the activation or the head width is missing.
     """
-    name, path = str(name), DEMO_WEIGHTS if name == "demo" else pathlib.Path(name)
     published = {model: url.split("/")[-2] for model, url in clip.clip._MODELS.items()}  # the SHA-256 is in the address
+    # A published name is no path: a folder RN50 may stand here.
+    name, path = str(name), pathlib.Path(DEMO_WEIGHTS if name == "demo" else published.get(name, name))
     files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in WEIGHTS]
     sha256 = published.get(name) or (hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else None)
     if path.is_file() and sha256 not in published.values():
@@ -157,9 +157,10 @@ def refuse_other_kinds(content):
 
 
 def open_by_package(name, path):
-    """A CLIP that clip, open_clip or transformers opens: (state dict, what is known, as UNKNOWN).
+    """A CLIP that clip, open_clip or transformers opens: (state dict, what is known of it, as UNKNOWN).
 
-    FileNotFoundError: none does. ValueError: clip.model.CLIP computes other features from the weights than they do.
+    FileNotFoundError: none of them opens it. ValueError: open_clip or transformers computes other features than
+    clip.model.CLIP does with the same weights, because of something that neither a config nor a key told.
     """
     known = read_configs(path)
     try:
@@ -182,12 +183,12 @@ def open_by_package(name, path):
                 raise ValueError("open_clip.list_pretrained() does not list it")
             config = open_clip.get_model_config(source) | {"quick_gelu": pretrained.get("quick_gelu", False)}
             known = tuple(read_config({"model_cfg": config, "preprocess_cfg": pretrained}))
-            theirs = open_clip.create_model(source, tag, quick_gelu=config["quick_gelu"])
+            theirs = open_clip.create_model(source, tag, force_quick_gelu=config["quick_gelu"])
         else:
             return clip.load(name, device="cpu")[0].state_dict(), OPENAI
     except Exception as error:  # each package raises its own
-        why = f"({' '.join(str(error).split())[:300]}): connect to the network once, or pip install open_clip_torch"
-        raise FileNotFoundError(f"there is no CLIP '{name}' that can be opened {why}") from error
+        why = f"({' '.join(str(error).split())[:300]}): connect to the network, pip install open_clip_torch"
+        raise FileNotFoundError(f"there is no CLIP '{name}' that can be opened {why}, or give another") from error
     model = build(name, theirs.float().eval().state_dict(), *known)
     image, text = torch.rand(1, 3, *[model.visual.input_resolution] * 2), clip.tokenize("a photo", model.context_length)
     found = theirs(image, text) if hasattr(theirs, "visual") else theirs(text, image)[3:1:-1]
@@ -208,7 +209,7 @@ def build(name, weights, image_side, text_side):
     try:
         state = dict(to_openai_keys(weights))
         sizes = {key: value.to("meta") for key, value in state.items()}
-        with torch.device("meta"):  # without memory or random numbers
+        with torch.device("meta"):  # takes neither memory nor random numbers
             for key, bias in state.items():
                 if key.endswith(".mlp.c_proj.bias"):  # build_model knows no other ratio than 4
                     standard = clip.model.ResidualAttentionBlock(len(bias), 1).mlp
@@ -226,14 +227,15 @@ def build(name, weights, image_side, text_side):
                 raise ValueError(f"{side.transformer.layers} layers of {heads:g} heads do not fit a width of {width}")
             for layer, block in enumerate(side.transformer.resblocks):
                 hidden = len(state[f"{prefix}transformer.resblocks.{layer}.mlp.c_fc.bias"])
-                block.mlp.c_fc, block.mlp.c_proj = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, width)
+                with torch.device("meta"):
+                    block.mlp.c_fc, block.mlp.c_proj = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, width)
                 block.mlp.gelu = ACTIVATIONS[activation]()
-                block.attn_mask = None if prefix else model.build_attention_mask()
                 block.attn.num_heads, block.attn.head_dim = int(heads), int(width / heads)
+                block.attn_mask = None if prefix else model.build_attention_mask()
         model.load_state_dict(state, assign=True)
     except Exception as error:  # of every kind, on what is no CLIP
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rpartition("\n")[2].strip()
-        raise ValueError(f"CLIP {name} cannot be opened ({reason})") from error
+        raise ValueError(f"CLIP {name} cannot be opened ({reason[:300]})") from error
     return model.eval().requires_grad_(False)
 
 
@@ -241,11 +243,11 @@ def to_openai_keys(weights):
     """float32 weights under the keys of the `clip` package, from any of the layouts. ValueError: not a CLIP's."""
     refuse_other_kinds(list(weights))
     for key in [key for key in weights if not SKIPPED.search(key)]:
-        value = weights[key].T if key.endswith("_projection.weight") else weights[key]
+        value = (weights[key].T if key.endswith("_projection.weight") else weights[key]).float().contiguous()
         if ".self_attn.q_proj." in key:  # clip has query, key and value in one
-            value = torch.cat([weights[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            value = torch.cat([weights[key.replace("q_proj", part)].float() for part in ("q_proj", "k_proj", "v_proj")])
         for theirs, ours in RENAMES.items():
             key = key.replace(theirs, ours)
-        if not value.isfinite().all() or (value.ndim > 1 and not value.any()):  # no matrix of a trained CLIP is zero
+        if not value.norm().isfinite() or (value.ndim > 1 and not value.norm()):  # no matrix of a trained CLIP is zero
             raise ValueError(f"its weights are not finite, or all zero ({key})")
-        yield key.removeprefix("text."), (value.reshape(()) if key == "logit_scale" else value).float().contiguous()
+        yield key.removeprefix("text."), value.reshape(()) if key == "logit_scale" else value

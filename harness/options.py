@@ -56,7 +56,7 @@ def paper_batch(classes):
 COMMON = "common"  # shown by --help
 MACHINE = "machine"  # changes nothing of what is tuned
 Epochs = Annotated[int, Meta(ge=2, le=100_000)]
-Shots = Annotated[int, Meta(ge=1, le=1_000_000)]
+Size = Annotated[int, Meta(ge=1, le=1_000_000)]
 Vectors = Annotated[int, Meta(ge=1, le=1000)]  # of a context; also layers, widths, views
 Rate = Annotated[float, Meta(ge=1e-9, le=1e38)]
 Protocol = Literal["base-to-new", "cross-dataset", "few-shot"]
@@ -91,8 +91,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                       "classes then") = None
     new_classes: option(Name | None, "for --unlabeled: a file with the names of the new classes, one per line") = None
     new_test: option(Name | None, "for --unlabeled: labeled images of the new classes, DIR/<class name>/*.jpg") = None
-    shots: option(Shots, "labeled images per base class (appendix B)", COMMON) = 16
-    unlabeled_shots: option(Shots | None, "unlabeled images per new class (default: as --shots; Fig. 4 right)") = None
+    shots: option(Size, "labeled images per base class (appendix B)", COMMON) = 16
+    unlabeled_shots: option(Size | None, "unlabeled images per new class (default: as --shots; Fig. 4 right)") = None
     seed: option(Index, "of all draws; the paper has 3 runs", COMMON) = 1
 
     # Model (Table 6)
@@ -112,9 +112,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     # Tuning (section 4.1 and appendix B)
     epochs: option(Epochs | None, "default: 20, half of them for each of MAO's phases; cross-dataset 5", COMMON) = None
     lr: option(Rate | None, "highest learning rate (default: 0.002; MAO and cross-dataset 0.0035)") = None
-    batch_size: option(Shots | None, "images per step of the backbone and of MAO's new phase (default: 32)") = None
-    anchors: option(Shots | None, "b of the base phase (default: 4 from 32 base classes on, else 2)") = None
-    top_k: option(Shots | None, "K of Eq. 4 (default: 8 from 16 base classes on, else half of them, at least 2)") = None
+    batch_size: option(Size | None, "images per step of the backbone and of MAO's new phase (default: 32)") = None
+    anchors: option(Size | None, "b of the base phase (default: 4 from 32 base classes on, else 2)") = None
+    top_k: option(Size | None, "K of Eq. 4 (default: 8 from 16 base classes on, else half of them, at least 2)") = None
     cache_views: option(Vectors | None, "augment each image N times, once, and draw from these views, which is faster "
                         "(default: augment anew; docs/speed.md)", COMMON) = None
     recipe: option(Literal["own", "paper"], "tune a baseline without MAO as its authors do, or as all others") = "own"

@@ -78,10 +78,7 @@ def score_halves(learner, states, task, tests):
             continue
         load_prompts_for(learner, states, phase, task.tests[half])
         for name in task.tests:
-            if states is None and phase == "new" and half == "base":  # zero-shot CLIP has no phases
-                found[phase, half, name] = found["base", half, name]
-            else:
-                found[phase, half, name] = top1(learner, tests.batches(name, learner), tests.device)
+            found[phase, half, name] = top1(learner, tests.batches(name, learner), tests.device)
     base, new = accuracy(*found["base", "base", "base"]), None
     if "new" in task.tests:
         new = accuracy(*found["new", "new", "new"])

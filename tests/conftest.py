@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,9 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 import sampler
+from harness.clips import DEMO_SHA256
 from harness.layouts import EUROSAT_NAMES
 
 PROJECT = pathlib.Path(__file__).parent.parent
@@ -95,3 +99,19 @@ def refuses(found, *messages):
     last = err.replace("\r", "\n").splitlines()[-1]
     assert code == 2 and out == "" and "Traceback" not in err and ".py: " in last[:12], found
     assert all(str(text) in last for text in messages), (messages, last)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder to work in: prompts run/new.safetensors, names.txt, an image 1.png and a broken one."""
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "new" / "1.png")
+    shutil.copy("new/1.png", "1.png")
+    for name, content in {"names": "a\nb\n", "twice": "a\nb\na\n", "empty": "\n"}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    (tmp_path / "broken.png").write_bytes(b"no PNG")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    header = {"mao": json.dumps({"backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": DEMO_SHA256})}
+    safetensors.torch.save_file({"ctx": torch.zeros(4, 128)}, "run/new.safetensors", header)
+    return tmp_path

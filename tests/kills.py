@@ -1,4 +1,4 @@
-"""Kills runs by SIGKILL at random moments, goes on with --resume, and compares all with runs that were never stopped.
+"""Kills runs by SIGKILL at random moments, continues them by --resume, and compares them with runs never stopped.
 
     python -m tests.kills --kills 50        50 kills on the demo; the suite does a handful
 
@@ -18,23 +18,22 @@ import sys
 import tempfile
 import time
 
-import record
 import sentence_transformers  # noqa: F401  # here once, not in every forked process
 import torch
-from cli import end
 
-import data
 import run
+from harness import demo, runs
+from harness.cli import run_main
 
-SMALL = ["--method", "mao", "--shots", "2", "--epochs", "6", "--workers", "0"]
+SMALL = "--method mao --shots 1 --epochs 4 --workers 0"
 RUNS = [
     "--backbone coop",
     "--backbone maple --top-k 4",
     "--backbone promptsrc --top-k 4",
-    "--backbone coop --precision fp16",
-    "--backbone coop --cache-views 2",
-    "--backbone proda --prompts 8 --top-k 4",
-    "--backbone promptsrc --top-k 4 --pseudo-labeler tuned --workers 1",
+    "--backbone coop --precision fp16 --labeler balanced",
+    "--backbone coop --cache-views 2 --sampler random-classes",
+    "--backbone proda --learner prompts=8 --top-k 4",
+    "--backbone promptsrc --top-k 4 --labeler tuned --workers 1",
 ]
 
 
@@ -49,9 +48,8 @@ def start(arguments, out, dies=None):
         os.dup2(log, 2)
         if dies is not None:
             die_in_save(*dies)
-        whole = data.test_set  # a tenth of the test images will do: scoring takes longer than tuning here
-        data.test_set = lambda *some: whole(*some)._replace(items=whole(*some).items[::10])
-        end("run.py", lambda: run.main([*SMALL, *arguments.split(), "--out", str(out)]))
+        demo.TEST = 2  # a tenth of the test images will do: scoring takes longer than tuning here
+        run_main("run.py", lambda: run.main(f"{SMALL} {arguments} --out {out}".split()))
         os._exit(0)
     except SystemExit as stop:
         os._exit(stop.code or 0)
@@ -61,37 +59,35 @@ def start(arguments, out, dies=None):
 
 def die_in_save(number, where):
     """From now on, this process kills itself in its save `number`, from 1. where: "half", "written" or "renamed"."""
-    saves, replace, write = itertools.count(1), os.replace, record.write
-    now = [0]
+    saves, now, replace, write = itertools.count(1), [0], os.replace, runs.atomic_write
+
+    def die(at):
+        if now[0] == number and where == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_write(path, content):
         now[0] = next(saves)
         if now[0] == number and where == "half":
             path.with_name(f".{path.name}.part").write_bytes(b"{" + os.urandom(len(content) // 2))
-            os.kill(os.getpid(), signal.SIGKILL)
+        die("half")
         return write(path, content)
 
     def dying_replace(source, target):
-        if now[0] == number and where == "written":
-            os.kill(os.getpid(), signal.SIGKILL)
+        die("written")
         replace(source, target)
-        if now[0] == number and where == "renamed":
-            os.kill(os.getpid(), signal.SIGKILL)
+        die("renamed")
 
-    record.write, os.replace = dying_write, dying_replace
+    runs.atomic_write, os.replace = dying_write, dying_replace
 
 
 def left_behind(out):
     """What a finished run leaves, {file: content}, without what a clock or the number of saves changes."""
     (folder,) = [path for path in pathlib.Path(out).iterdir() if not path.name.startswith(".")]
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = json.loads(found["config.json"])
-    found["config.json"] = {key: value for key, value in config.items() if key not in ("out", "resume")}
-    for name in ("metrics.jsonl", "result.json"):
-        lines = found[name].decode().splitlines() if name == "metrics.jsonl" else [found[name]]
-        found[name] = [
-            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_mib")} for line in lines
-        ]
+    for name in ("config.json", "result.json", "metrics.jsonl"):
+        lines = found[name].splitlines() if name == "metrics.jsonl" else [found[name]]
+        changing = ("out", "resume", "seconds", "peak_mib")
+        found[name] = [{k: v for k, v in json.loads(line).items() if k not in changing} for line in lines]
     return found
 
 
@@ -99,35 +95,29 @@ def survive(kills, seed, folder):
     """[(what was killed, when, how it ended)] of every kill; how: "" where all is equal, else what is not."""
     rng, whole, ends = random.Random(seed), {}, []
     for number in range(kills):
-        arguments = RUNS[number % len(RUNS)]
+        arguments, out = RUNS[number % len(RUNS)], folder / f"killed{number}"
         if arguments not in whole:
-            out, began = folder / f"whole{len(whole)}", time.perf_counter()
-            code = os.waitpid(start(arguments, out), 0)[1]
+            first, began = folder / f"whole{len(whole)}", time.perf_counter()
+            code = os.waitpid(start(arguments, first), 0)[1]
             if code:
-                raise RuntimeError(
-                    f"run.py {arguments} ended with {code}: {out.with_suffix('.log').read_text()[-500:]}"
-                )
-            whole[arguments] = (left_behind(out), time.perf_counter() - began)
+                raise RuntimeError(f"run.py {arguments}: {code}: {first.with_suffix('.log').read_text()[-500:]}")
+            whole[arguments] = left_behind(first), time.perf_counter() - began
         content, seconds = whole[arguments]
-        out = folder / f"killed{number}"
-        if number // len(RUNS) % 2:
-            moment, dies = rng.uniform(0, seconds), None
-            when = f"after {moment:.2f} s"
-        else:
-            moment, dies = None, (rng.randint(1, 3 * 6 + 2), rng.choice(["half", "written", "renamed"]))
-            when = f"in save {dies[0]}, {dies[1]}"
-        process = start(arguments, out, dies)
-        if moment is not None:
+        in_time = number // len(RUNS) % 2
+        moment, dies = rng.uniform(0, seconds), (rng.randint(1, 3 * 4 + 2), rng.choice(["half", "written", "renamed"]))
+        when = f"after {moment:.2f} s" if in_time else f"in save {dies[0]}, {dies[1]}"
+        process = start(arguments, out, None if in_time else dies)
+        if in_time:
             time.sleep(moment)
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        code = os.waitpid(start(arguments + " --resume", out), 0)[1]
+        code = os.waitpid(start(f"{arguments} --resume", out), 0)[1]
         again = left_behind(out) if code == 0 else {}
-        differing = [name for name in content.keys() | again.keys() if content.get(name) != again.get(name)]
-        how = ", ".join(sorted(differing)) + (f" (exit code {code >> 8})" if code else "")
+        how = ", ".join(sorted(name for name in content.keys() | again.keys() if content.get(name) != again.get(name)))
+        how += f" (exit code {code >> 8})" if code else ""
         ends.append((arguments, when if killed else f"{when}, when it was over", how))
-        print(f"{number + 1:3d}  {ends[-1][0]:60s} {ends[-1][1]:32s} {how or 'the same bits'}", flush=True)
+        print(f"{number + 1:3d}  {arguments:60s} {ends[-1][1]:32s} {how or 'bit-identical'}", flush=True)
         if not how:
             shutil.rmtree(out, ignore_errors=True)
     return ends
@@ -142,8 +132,7 @@ def main():
     torch.set_num_threads(1)  # forked processes cannot share a pool of threads
     with tempfile.TemporaryDirectory() as folder:
         ends = survive(args.kills, args.seed, pathlib.Path(folder))
-    good = sum(not how for _, _, how in ends)
-    stopped = sum("over" not in when for _, when, _ in ends)
+    good, stopped = sum(not how for *_, how in ends), sum("over" not in when for _, when, _ in ends)
     print(
         f"{good} of {len(ends)} runs came out as if never stopped; {stopped} of them had been killed before their end"
     )

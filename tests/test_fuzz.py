@@ -16,49 +16,36 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import data
-from mao import alterable_cross_entropy, base_loss, candidates
+from mao import alterable_cross_entropy, candidates
 from sampler import HardNegativeSampler
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 
 
-@st.composite
-def sampler_inputs(draw):
-    """(labels, class names, b, K, seed, embeddings) of 2 to 9 classes, each with an image."""
-    classes = draw(st.integers(2, 9))
-    labels = list(range(classes)) + draw(st.lists(st.integers(0, classes - 1), max_size=20))
-    b, k = draw(st.integers(1, 6)), draw(st.integers(1, classes))
-    embeddings = np.random.default_rng(draw(st.integers(0, 99))).normal(size=(classes, 3))
-    return (
-        draw(st.permutations(labels)),
-        [f"c{i}" for i in range(classes)],
-        b,
-        k,
-        draw(st.integers(0, 2**40)),
-        embeddings,
-    )
-
-
 @QUICK
-@given(sampler_inputs())
-def test_the_sampler(inputs):
-    labels, names, b, k, seed, embeddings = inputs
-    sampler = HardNegativeSampler(labels, names, b, k, seed, encoder=lambda names: embeddings)
-    batches = list(sampler)
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+@given(st.data())
+def test_the_sampler(draw):
+    """2 to 9 classes, each with an image."""
+    classes = draw.draw(st.integers(2, 9))
+    labels = draw.draw(
+        st.permutations([*range(classes), *draw.draw(st.lists(st.integers(0, classes - 1), max_size=20))])
+    )
+    b, k, seed = (draw.draw(st.integers(low, high)) for low, high in ((1, 6), (1, classes), (0, 2**40)))
+    embeddings = np.random.default_rng(seed % 99).normal(size=(classes, 3))
+    ask = labels, [f"c{i}" for i in range(classes)], b, k, seed, lambda names: embeddings
+    batches = list(HardNegativeSampler(*ask))
+    unit, anchors = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), []
     cosine = unit @ unit.T
-    anchors = []
     for batch in batches:
         assert len(batch) == min(b, len(labels)) * k and all(0 <= index < len(labels) for index in batch)
         for start in range(0, len(batch), k):
             anchor, *others = [labels[index] for index in batch[start : start + k]]
             assert anchor not in others and len(set(others)) == k - 1
-            outside = [cosine[anchor, c] for c in range(len(names)) if c not in (anchor, *others)]
+            outside = [cosine[anchor, c] for c in range(classes) if c not in (anchor, *others)]
             assert all(cosine[anchor, other] >= max(outside, default=-2) - 1e-12 for other in others)  # Eq. 4
             anchors.append(batch[start])
     assert len(set(anchors)) == len(anchors) == len(labels) - len(labels) % min(b, len(labels))
-    again = HardNegativeSampler(labels, names, b, k, seed, encoder=lambda names: embeddings)
-    assert list(again) == batches
+    assert list(HardNegativeSampler(*ask)) == batches
 
 
 @QUICK
@@ -66,39 +53,21 @@ def test_the_sampler(inputs):
 def test_the_alterable_cross_entropy(seed, classes, count):
     """Over all classes it is the plain one; neither the order nor the multiplicity of candidates changes it."""
     rng = torch.Generator().manual_seed(seed)
-    f = torch.randn(count, 5, generator=rng, dtype=torch.float64)
-    g = torch.randn(classes, 5, generator=rng, dtype=torch.float64)
-    labels = torch.randint(classes, (count,), generator=rng)
+    f, g = (torch.randn(rows, 5, generator=rng, dtype=torch.float64) for rows in (count, classes))
+    labels, order = torch.randint(classes, (count,), generator=rng), torch.randperm(classes, generator=rng)
     plain = F.cross_entropy(30 * F.normalize(f, dim=-1) @ F.normalize(g, dim=-1).T, labels)
     assert torch.allclose(alterable_cross_entropy(f, g, labels, 30), plain, rtol=1e-12)
-    order = torch.randperm(classes, generator=rng)
     assert torch.allclose(alterable_cross_entropy(f, g[order], order.argsort()[labels], 30), plain, rtol=1e-12)
-    present, targets = candidates(labels)
-    assert torch.equal(present[targets], labels) and len(set(present.tolist())) == len(present)
-    twice = candidates(torch.cat([labels, labels]))
-    assert torch.equal(twice[0], present) and torch.equal(twice[1], torch.cat([targets, targets]))
-
-
-class Learner:
-    """A learner whose text features are parameters and whose image features are the images."""
-
-    def __init__(self, g):
-        self.g, self.logit_scale = g, 100.0
-
-    def text_features(self, classes=None):
-        return self.g if classes is None else self.g[classes]
-
-    def image_features(self, images):
-        return images
+    present, targets = candidates(torch.cat([labels, labels]))
+    assert torch.equal(present[targets[:count]], labels) and present.equal(candidates(labels)[0])
 
 
 @QUICK
 @given(st.integers(0, 999), st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e18]))
 def test_gradients_are_finite_for_extreme_features(seed, scale):
     rng = torch.Generator().manual_seed(seed)
-    g = (scale * torch.randn(6, 4, generator=rng)).requires_grad_()
-    f = torch.randn(5, 4, generator=rng) / scale
-    loss = base_loss(Learner(g), f, torch.randint(6, (5,), generator=rng))
+    g, f = scale * torch.randn(6, 4, generator=rng), torch.randn(5, 4, generator=rng) / scale
+    loss = alterable_cross_entropy(f, g.requires_grad_(), torch.randint(6, (5,), generator=rng), 100.0)
     loss.backward()
     assert loss.isfinite() and g.grad.isfinite().all()
 
@@ -119,7 +88,7 @@ def test_mutated_files_are_read_or_refused(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
-def test_killed_runs_end_with_the_bits_of_a_run_never_stopped():
+def test_killed_runs_end_bit_identical_to_runs_never_stopped():
     ask = [sys.executable, "-m", "tests.kills", "--kills", "3", "--seed", "3"]
     done = subprocess.run(ask, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

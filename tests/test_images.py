@@ -1,21 +1,19 @@
 """An image is what a viewer shows: depth, transparency, orientation and frames; what a folder holds; broken ones."""
 
-import json
 import os
+import pickle
 
-import images
-import layouts
 import numpy as np
 import pytest
-import record
 import torch
+from conftest import draw
 from PIL import Image
-from torch.utils.data import DataLoader
 
-import data
+from harness import images, layouts, runs
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = np.stack([GRAY, GRAY.T, GRAY[::-1]], axis=2)[:12]  # [12, 16, 3]
+DEEP = GRAY.astype(np.uint16) * 257
 
 
 def shown(folder, name, plain=False):
@@ -26,26 +24,24 @@ def gray(values):
     return np.repeat(values[:, :, None], 3, axis=2)
 
 
-@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_16_bits_are_scaled_to_8(ending, tmp_path):
-    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / f"deep.{ending}")
-    assert np.array_equal(shown(tmp_path, f"deep.{ending}"), gray(GRAY))
+def test_16_bits_are_scaled_to_8(tmp_path):
+    for ending in ("png", "tif", "pgm"):
+        Image.fromarray(DEEP).save(tmp_path / f"deep.{ending}")
+        assert np.array_equal(shown(tmp_path, f"deep.{ending}"), gray(GRAY))
+    Image.frombytes("I;16B", (16, 16), DEEP.astype(">u2").tobytes()).save(tmp_path / "other.tif")  # order of bytes
+    assert np.array_equal(shown(tmp_path, "other.tif"), gray(GRAY))
+    Image.fromarray(DEEP).save(tmp_path / "clear.png", transparency=0)
+    seen = shown(tmp_path, "clear.png")
+    assert (seen[0, 0] == 255).all() and np.array_equal(seen[1:], gray(GRAY)[1:])
 
 
-def test_integers_and_floats_by_their_range(tmp_path):
-    """Full 32 bits, 0 to 255, and 0 to 1 are known; anything else is refused by name."""
-    taken = {"full": (GRAY * ((2**31 - 1) / 255)).astype(np.int32), "bytes": GRAY.astype(np.int32)}
-    taken["floats"] = (GRAY / 255).astype(np.float32)
-    for name, values in taken.items():
-        Image.fromarray(values).save(tmp_path / f"{name}.tiff")
-        assert np.abs(shown(tmp_path, f"{name}.tiff").astype(int) - gray(GRAY)).max() <= 1
-    refused = {"counts": GRAY.astype(np.int32) * 200, "negative": GRAY.astype(np.int32) - 9}
-    refused.update(bytes_as_floats=GRAY.astype(np.float32), nan=np.full((2, 2), np.nan, np.float32))
-    for name, values in refused.items():
-        Image.fromarray(values).save(tmp_path / f"{name}.tiff")
-        for decode in (True, False):  # before a run, too
-            with pytest.raises(images.UnreadableImage, match=f"{name}.tiff .*range that is not known"):
-                images.FolderReader(tmp_path)(f"{name}.tiff", decode)
+@pytest.mark.parametrize("values", [GRAY.astype(np.int32), GRAY.astype(np.float32) / 255])
+def test_32_bits_are_refused(values, tmp_path):
+    """Their range is not known. decode=False is the check before a run."""
+    Image.fromarray(values).save(tmp_path / "counts.tiff")
+    for decode in (True, False):
+        with pytest.raises(images.UnreadableImage, match="counts.tiff .*32-bit"):
+            images.FolderReader(tmp_path)("counts.tiff", decode)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "la.png", "la.tif", "p.png", "p.gif", "rgb.png", "l.png"])
@@ -69,30 +65,22 @@ def test_transparency_is_white(name, tmp_path):
     assert (shown(tmp_path, name, plain=True)[:, :4] == 0).all()  # as CoOp reads its datasets
 
 
-def test_16_bits_with_a_transparent_value(tmp_path):
-    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png", transparency=0)
-    seen = shown(tmp_path, "deep.png")
-    assert (seen[0, 0] == 255).all() and np.array_equal(seen[1:], gray(GRAY)[1:])
-
-
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
-def test_a_turned_image_is_turned_back(ending, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer turns it to the right
-    stripe = np.zeros((8, 16, 3), np.uint8)
-    stripe[:4] = 255
-    Image.fromarray(stripe).save(tmp_path / f"turned.{ending}", exif=exif)
-    seen = shown(tmp_path, f"turned.{ending}")
-    assert seen.shape == (16, 8, 3) and seen[:, 5:].min() > 200 and seen[:, :3].max() < 50
-    if ending != "tif":  # Pillow turns those itself
-        assert shown(tmp_path, f"turned.{ending}", plain=True).shape == (8, 16, 3)
-
-
-def test_the_first_frame_counts(tmp_path):
+def test_orientation_and_frames(tmp_path):
+    """A turned image is turned back; the first frame counts; broken EXIF does not hide an image."""
+    exif, stripe = Image.Exif(), np.zeros((8, 16, 3), np.uint8)
+    exif[0x0112], stripe[:4] = 6, 255  # a viewer turns it to the right
+    for ending in ("jpg", "png", "tif", "webp"):
+        Image.fromarray(stripe).save(tmp_path / f"turned.{ending}", exif=exif)
+        seen = shown(tmp_path, f"turned.{ending}")
+        assert seen.shape == (16, 8, 3) and seen[:, 5:].min() > 200 and seen[:, :3].max() < 50
+        if ending != "tif":  # Pillow turns those itself
+            assert shown(tmp_path, f"turned.{ending}", plain=True).shape == (8, 16, 3)
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for ending in ("gif", "tif", "webp"):
         frames[0].save(tmp_path / f"two.{ending}", save_all=True, append_images=frames[1:])
         assert shown(tmp_path, f"two.{ending}")[0, 0].argmax() == 0
+    Image.fromarray(WIDE).save(tmp_path / "a.png", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert np.array_equal(shown(tmp_path, "a.png"), WIDE)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
@@ -102,81 +90,67 @@ def test_ordinary_modes_are_as_before(mode, tmp_path):
     assert np.array_equal(shown(tmp_path, "a.tif"), shown(tmp_path, "a.tif", plain=True))
 
 
-def test_a_dataset_of_the_eleven_is_read_as_coop_reads_it(eurosat):
-    assert data.open_dataset("eurosat", eurosat).read.plain
-    assert not data.open_dataset("folder", eurosat / "eurosat" / "2750").read.plain
+def test_broken_images_are_named(tmp_path):
+    draw(tmp_path / "short.jpg")
+    content = (tmp_path / "short.jpg").read_bytes()
+    (tmp_path / "short.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_bytes(b"not a JPEG")
+    for name in ("short.jpg", "text.jpg", "missing.jpg"):
+        with pytest.raises(images.UnreadableImage, match=f"cannot read the image .*{name}"):
+            images.FolderReader(tmp_path)(name)
 
 
-def make(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(WIDE).save(path)
+# What a folder holds --------------------------------------------------------------------------------------------------
 
 
-def test_what_a_folder_holds(tmp_path, capsys):
+def test_which_files_are_images(tmp_path, capsys):
     """Hidden files and folders are left out, links followed but not in a circle, other files counted in one line."""
+    photos = tmp_path / "photos"
     for name in ("a.jfif", "b.gif", "c.PPM", "deep/er/d.webp", "._a.jpg", ".thumbs/e.jpg", "__MACOSX/f.jpg"):
-        target = tmp_path / "photos" / name
-        make(target.with_suffix(".jpeg"))
-        target.with_suffix(".jpeg").rename(target)
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
-    (tmp_path / "photos" / "deep" / "list").write_text("no image")
-    make(tmp_path / "elsewhere" / "g.png")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "linked")
-    os.symlink(tmp_path / "photos", tmp_path / "photos" / "deep" / "circle")
-    found = images.find_images(tmp_path / "photos")
-    assert found == ["a.jfif", "b.gif", "c.PPM", "deep/er/d.webp", "linked/g.png"]
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).touch()
+    (photos / "notes.txt").write_text("no image")
+    (photos / "deep" / "list").write_text("no image")
+    draw(tmp_path / "elsewhere" / "g.png")
+    os.symlink(tmp_path / "elsewhere", photos / "linked")
+    os.symlink(photos, photos / "deep" / "circle")
+    assert images.find_images(photos) == ["a.jfif", "b.gif", "c.PPM", "deep/er/d.webp", "linked/g.png"]
     err = capsys.readouterr().err
-    assert "2 files are left out that Pillow does not take for images: 1 .txt, 1 no ending" in err
-    assert err.count("\n") == 1
+    assert "2 files are left out" in err and ": 1 .txt, 1 no ending\n" in err and err.count("\n") == 1
 
 
-def test_a_class_folder_that_leads_back_is_no_class(tmp_path, capsys):
+def test_which_folders_are_classes(tmp_path, capsys):
+    photos = tmp_path / "photos"
     for name in ("cat", "dog", "owl"):
         for number in range(4):
-            make(tmp_path / "photos" / name / f"{number}.png")
-    os.symlink(tmp_path / "photos", tmp_path / "photos" / "again")
-    os.symlink(tmp_path, tmp_path / "photos" / "up")
-    make(tmp_path / "elsewhere" / "1.png")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "yak")
-    (tmp_path / "photos" / ".DS_Store").write_text("hidden")
-    (tmp_path / "photos" / "list.txt").write_text("shown")
-    items = layouts.class_folders(tmp_path / "photos")["all"]
-    assert capsys.readouterr().err.endswith(": 1 files are left out that lie beside the class folders: 1 .txt\n")
+            draw(photos / name / f"{number}.png")
+    os.symlink(photos, photos / "again")
+    os.symlink(tmp_path, photos / "up")
+    draw(tmp_path / "elsewhere" / "1.png")
+    os.symlink(tmp_path / "elsewhere", photos / "yak")
+    (photos / ".DS_Store").write_text("hidden")
+    (photos / "list.txt").write_text("shown")
+    items = layouts.class_folders(photos)["all"]
+    err = capsys.readouterr().err
+    assert "1 files are left out" in err and err.endswith(": 1 .txt\n") and err.count("\n") == 1
     assert len(items) == 13 and {name for _, _, name in items} == {"cat", "dog", "owl", "yak"}
 
 
-def test_workers_that_are_spawned(tmp_path):
-    """As on Windows and macOS: what a worker gets can be pickled, and the images are the same."""
-    for number in range(4):
-        make(tmp_path / f"{number}.png")
-    dataset = images.Images(
-        images.find_images(tmp_path), images.FolderReader(tmp_path), images.train_transform(32, (0.5, 1.0))
-    )
-    batches = [[(0, 11), (1, 12)], [(2, 13), (3, 14)]]
-    found = []
-    for workers in ({"num_workers": 0}, {"num_workers": 1, "multiprocessing_context": "spawn"}):
-        found.append([batch for batch, _ in DataLoader(dataset, batch_sampler=batches, **workers)])
-    assert all(torch.equal(one, other) for one, other in zip(*found))
+# Other systems --------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_module_resource(monkeypatch, command, tmp_path):
+def test_what_workers_get_can_be_pickled(tmp_path):
+    """As where workers are spawned, on Windows and macOS; and the images are the same."""
+    draw(tmp_path / "a.png")
+    reader = images.KeptImages(images.FolderReader(tmp_path), ["a.png"])
+    for transform in (images.train_transform(32, (0.5, 1.0)), images.Views(images.randaugment_transform(32), 2)):
+        dataset = images.Images(["a.png"], reader, transform)
+        pairs = zip(dataset[0, 11][0], pickle.loads(pickle.dumps(dataset))[0, 11][0])
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_without_the_module_resource(monkeypatch, tune):
     """Windows has none: the peak memory is then not known, and nothing else changes."""
-    monkeypatch.setattr(record, "resource", None)
-    ask = ["run.py", "--shots", 1, "--epochs", 2, "--method", "backbone", "--workers", 0, "--out", tmp_path]
-    code, out, err = command(*ask)
+    monkeypatch.setattr(runs, "resource", None)
+    code, out, err, _ = tune("--method zeroshot")
     assert code == 0 and out.splitlines()[3].split()[-1] == "-", err
-    (run,) = tmp_path.iterdir()
-    assert json.loads((run / "result.json").read_text())["peak_mib"] is None
-    code, again, _ = command("run.py", "--eval", run)
-    assert code == 0 and again.splitlines()[3] == out.splitlines()[3]
-
-
-def test_a_broken_exif_does_not_hide_an_image(tmp_path):
-    Image.fromarray(WIDE).save(tmp_path / "a.png", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
-    assert np.array_equal(shown(tmp_path, "a.png"), WIDE)
-
-
-def test_16_bits_in_the_other_order_of_bytes(tmp_path):
-    values = (GRAY.astype(np.uint16) * 257).astype(">u2")
-    Image.frombytes("I;16B", (16, 16), values.tobytes()).save(tmp_path / "a.tif")
-    assert np.array_equal(shown(tmp_path, "a.tif"), gray(GRAY))

@@ -169,8 +169,8 @@ def test_batches_hold_b_times_k_images_and_every_anchor_once():
     assert sorted(batch[i] for batch in epochs[0] for i in (0, 3, 6, 9)) == list(range(64))
     assert epochs[0] == epochs[2] != epochs[1]
     assert list(sampler) == epochs[1]  # without set_epoch, a pass moves on by itself
-    drawn = {i for batch in epochs[0] + epochs[1] for i in batch}
-    assert drawn == set(range(64))  # neighbors' images vary
+    drawn = {i for batch in epochs[0] + epochs[1] for i in np.reshape(batch, (4, 3))[:, 1:].flat}
+    assert len(drawn) > 40  # of the 48 images of a, b_b and c: a neighbor's image varies
     assert [len(list(sampler_of(count, anchors=5))) for count in (4, 14)] == [1, 2]  # a full batch, or what there is
 
 

@@ -1,32 +1,19 @@
-"""Folders of one's own, images without labels, predictions; the other protocols; broken images and downloads."""
+"""Images of one's own: folders, names, new classes without labels, predictions; and the other protocols."""
 
 import csv
-import io
 import json
-import pathlib
+import shutil
 
-import evaluate
-import gdown
-import images
-import layouts
-import numpy as np
 import pytest
-import record
+import safetensors.torch
 import torch
-from PIL import Image
+from conftest import SMALL, draw, lines, read, refuses
 
 import data
-from backbones import CoOp
-from encoders import ZeroShot, as_clip_reads, clip, load_clip
-
-SMALL = ["--clip", "demo", "--shots", 2, "--epochs", 4, "--workers", 0]
-SOURCE = {"dataset": "demo", "root": None, "protocol": "cross-dataset", "shots": 1, "seed": 1}  # run.py's settings
-
-
-def draw(path, seed=0, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
+from backbones import ZeroShot
+from encoders import load_clip
+from harness import demo, folders, options, scores
+from harness.clips import clip
 
 
 @pytest.fixture
@@ -38,402 +25,258 @@ def own(tmp_path):
     return tmp_path / "own"
 
 
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
+def split(root):
+    return folders.open_dataset("folder", root).split
 
 
-def test_a_folder_of_ones_own(own, command, tmp_path):
-    code, out, err = command("data.py", "folder", "--root", own)
+def sizes(found):
+    return [len(found[part]) for part in ("train", "val", "test")]
+
+
+# Folders and names ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_class_folders(own, command):
+    code, out, err = command("data.py folder --root", own)
     assert code == 0 and "blaue Tür" in out and "folder: 3 classes, 'a photo of a {}.'" in out and err == ""
-    lists = data.open_dataset("folder", own).split
-    assert [len(lists[part]) for part in ("train", "val", "test")] == [15, 6, 9]
-    assert [name for _, _, name in lists["test"][::3]] == ["Red Door", "blaue Tür", "old_gate"]
-    (tmp_path / "link").symlink_to(own)
-    assert data.open_dataset("folder", tmp_path / "link").split == lists
-    link, runs = tmp_path / "link", tmp_path / "r"
-    code, _, err = command("run.py", "--dataset", "folder", "--root", link, *SMALL, "--out", runs)
-    assert code == 0, err
-    folders = sorted(path.name for path in runs.iterdir())
-    assert folders[0].startswith("folder-coop-backbone-seed1-root-link-shots2-clip-demo-epochs4-")
+    found = split(own)
+    assert sizes(found) == [15, 6, 9]
+    assert [name for _, _, name in found["test"][::3]] == ["Red Door", "blaue Tür", "old_gate"]
+    (own.parent / "link").symlink_to(own)
+    assert split(own.parent / "link") == found
+    task = data.base_to_new_task(folders.open_dataset("folder", own), 16, 16, 1)  # a class that has fewer gives all
+    assert len(task.base_train) == 10 and len(task.new_train) == 5
+    for path in list((own / "Red Door").iterdir())[3:]:
+        path.unlink()
+    assert sizes({part: [item for item in split(own)[part] if item[2] == "Red Door"] for part in found}) == [2, 0, 1]
 
 
-def test_train_and_test_folders(own, tmp_path):
-    (own / "x").mkdir()
+def test_train_and_test_folders(own):
     for name in ("blaue Tür", "Red Door", "old_gate"):
-        (own / "x" / "train").mkdir(exist_ok=True)
-        (own / name).rename(own / "x" / "train" / name)
-        draw(own / "x" / "test" / name / "1.png")
-    lists = data.open_dataset("folder", own / "x").split
-    assert [len(lists[part]) for part in ("train", "val", "test")] == [30, 0, 3]
-    assert lists["test"][1] == ["test/blaue Tür/1.png", 1, "blaue Tür"]
-    (own / "x" / "test" / "old_gate").rename(own / "x" / "test" / "OLD gate")  # the same to CLIP
-    assert data.open_dataset("folder", own / "x").split["test"][0] == ["test/OLD gate/1.png", 2, "old_gate"]
-    (own / "x" / "test" / "OLD gate").rename(own / "x" / "test" / "old house")
+        shutil.move(own / name, own / "train" / name)
+        draw(own / "test" / name / "1.png")
+    assert sizes(split(own)) == [30, 0, 3] and list(split(own)["test"][1]) == ["test/blaue Tür/1.png", 1, "blaue Tür"]
+    (own / "test" / "old_gate").rename(own / "test" / "OLD gate")  # the same to CLIP
+    assert list(split(own)["test"][0]) == ["test/OLD gate/1.png", 2, "old_gate"]
+    (own / "test" / "OLD gate").rename(own / "test" / "zoo")
     with pytest.raises(ValueError, match="the class 'old_gate' has no test image"):
-        data.open_dataset("folder", own / "x")
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda own: own.rename(own.with_name("elsewhere")), "is not a folder"),
-        (lambda own: [path.rename(own.parent / path.name) for path in own.iterdir()], "holds no class folders"),
-        (lambda own: (own / "empty").mkdir(), "empty holds no images"),
-        (lambda own: own.joinpath("Red Door").rename(own / "blaue Tür" / "Red Door"), "2 classes are too few"),
-        (lambda own: [path.unlink() for path in list((own / "Red Door").iterdir())[1:]], "'Red Door' has no train"),
-    ],
-)
-def test_a_bad_folder_is_one_sentence(own, command, damage, message):
-    damage(own)
-    code, out, err = command("run.py", "--dataset", "folder", "--root", own, "--clip", "demo", "--out", own / "runs")
-    assert code == 2 and message in err and err.count("\n") == 1 and not (own / "runs").exists()
+        split(own)
 
 
 @pytest.mark.parametrize("twin", ["old gate", "Old_Gate", "BLAUE Tu\u0308r", "blaue  Tür"])
-def test_names_that_are_one_to_clip_are_warned_about(twin, own, capsys):
+def test_names_that_are_the_same_to_clip_are_warned_about(twin, own, capsys):
     """Blank for underscore, case, and a decomposed letter: clip's tokenizer gives the same tokens."""
     for number in range(10):
         draw(own / twin / f"{number}.png")
-    names = data.class_names(data.open_dataset("folder", own)).values()
+    names = folders.class_names(folders.open_dataset("folder", own)).values()
     assert f"'{twin}'" in capsys.readouterr().err
-    (one, other) = [name for name in names if as_clip_reads(name) == as_clip_reads(twin)]
-    tokens = clip.tokenize([one.replace("_", " "), other.replace("_", " ")])
-    assert torch.equal(*tokens) and len({as_clip_reads(name) for name in names}) == 3
-
-
-def test_names_in_every_kind_of_file(own, tmp_path, command, capsys):
-    """A byte order mark, CRLF and blanks; a new class that is a base class already; --new-test by what CLIP reads."""
-    names = tmp_path / "names.txt"
-    names.write_bytes("\ufeffFen\u00eatre \r\nRED door\r\n".encode())
-    assert data.read_names(names) == ["Fenêtre", "RED door"]
-    for name in ("Fene\u0302tre", "red_door"):
-        draw(tmp_path / "labeled" / name / "1.png")
-    draw(tmp_path / "new" / "1.png")
-    settings = {"dataset": "folder", "root": own, "shots": 2, "seed": 1, "unlabeled": tmp_path / "new"}
-    task = data.task_of({**settings, "new_classes": names, "new_test": tmp_path / "labeled"})
-    assert "classes 'Red Door' and 'RED door' have one name to CLIP" in capsys.readouterr().err
-    assert sorted(label for _, label, _ in task.tests["new"].items) == [0, 1]
-    assert task.new_names == data.read_names(names)
+    one, other = [name for name in names if folders.as_clip_reads(name) == folders.as_clip_reads(twin)]
+    assert torch.equal(*clip.tokenize([one.replace("_", " "), other.replace("_", " ")]))
+    assert len(set(map(folders.as_clip_reads, names))) == 3
 
 
 def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
+    names = tmp_path / "names"
     for text in ('\ufeff{"Red Door": "red door", "blaue Tür": "blue door", "old_gate": "gate"}',
                  "Red Door,red door\r\nblaue Tür,blue door\r\nold_gate,gate\r\n"):  # fmt: skip
-        (tmp_path / "names").write_bytes(text.encode())
-        source = data.open_dataset("folder", own, names=tmp_path / "names", template="a {} in Bonn.")
-        assert list(data.class_names(source).values()) == ["red door", "blue door", "gate"]
-    ask = ["run.py", "--dataset", "folder", "--root", own, *SMALL, "--out", tmp_path / "runs", "--method", "mao"]
-    code, out, err = command(*ask, "--names", tmp_path / "names", "--template", "a {} in Bonn.")
+        names.write_bytes(text.encode())
+        source = folders.open_dataset("folder", own, names=names, template="a {} in Bonn.")
+        assert list(folders.class_names(source).values()) == ["red door", "blue door", "gate"]
+    ask = [f"run.py --dataset folder --method mao {SMALL} --root", own, "--out", tmp_path / "runs"]
+    code, out, err = command(*ask, "--names", names, "--template", "a {} in Bonn.")
     assert code == 0, err
     (run,) = (tmp_path / "runs").iterdir()
-    config = json.loads((run / "config.json").read_text())
-    assert config["templates"] == {"base": "a {} in Bonn.", "new": "a {} in Bonn."}
-    assert config["classnames"] == ["red door", "blue door"]
-    code, again, err = command("run.py", "--eval", run)
+    assert read(run, "config")["classnames"] == ["red door", "blue door"]
+    code, again, err = command("run.py --eval", run)
     assert code == 0 and again.splitlines()[3].split() == out.splitlines()[3].split()
-    for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n"):
-        (tmp_path / "names").write_text(text)
-        code, _, err = command(*ask, "--names", tmp_path / "names")
-        assert code == 2 and ("'a' is there twice" in err or "gives two folders the name 'x'" in err), err
-    (tmp_path / "names").write_text("Red Door,red door\n")
-    for options, message in (
-        (["--names", tmp_path / "names"], "no name for the class folder"),
-        (["--names", "nowhere"], "cannot read --names nowhere"),
-        (["--template", "a photo"], "needs {} once"),
-        (["--template", "a {} or {}"], "needs {} once"),
-        (["--template", "a {{}} photo"], "and no other braces"),  # which Python would read as the letters {}
-        (["--template", "a {x} of {}"], "and no other braces"),
-        (["--dataset", "demo", "--template", "a {}"], "--template is for --dataset folder"),
-    ):
-        code, _, err = command(*ask, *options)
-        assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n", "a,x\nb, \n", "Red Door,red door\n"):
+        names.write_text(text)
+        refuses(command(*ask, "--names", names), "--names ")
+    refuses(command(*ask, "--names", "nowhere"), "cannot read --names nowhere")
+    for template in ("a photo", "a {} or {}", "a {{}} photo", "a {x} of {}"):
+        refuses(command(*ask, "--template", template), f"--template '{template}' needs {{}} once")
+    refuses(command("run.py --template {}"), "--template")
 
 
-def test_three_images_have_one_to_test(own):
-    for path in list((own / "Red Door").iterdir())[3:]:
-        path.unlink()
-    split = data.open_dataset("folder", own).split
-    assert [sum(name == "Red Door" for _, _, name in split[part]) for part in ("train", "val", "test")] == [2, 0, 1]
+# New classes without labels, and predictions --------------------------------------------------------------------------
 
 
-def test_a_class_with_fewer_images_than_shots_gives_all(own):
-    task = data.open_task(data.open_dataset("folder", own), shots=16)
-    assert len(task.base_train) == 10 and len(task.new_train) == 5
-
-
-def test_new_classes_without_labels(own, command, tmp_path):
-    """Phase 2 on images of a folder; New and H are unknown until there are labeled ones."""
-    names = tmp_path / "names.txt"
-    names.write_text("Fenster\n\nDach und First\n", encoding="utf-8")
+@pytest.fixture
+def unlabeled(own, command, tmp_path):
+    """run.py on them with images of two new classes, whose names come with a byte order mark and CRLF."""
+    (tmp_path / "names.txt").write_bytes("\ufeffFen\u00eatre \r\n\r\nDach und First\r\n".encode())
     for number in range(5):
         draw(tmp_path / "new" / ("deep" if number % 2 else ".") / f"{number}.png", 100 + number)
-    ask = ["run.py", "--dataset", "folder", "--root", own, *SMALL, "--out", tmp_path / "runs"]
-    ask += ["--unlabeled", tmp_path / "new", "--new-classes", names]
-    code, out, err = command(*ask)
+    ask = f"run.py --dataset folder {SMALL} --root {own} --out {tmp_path / 'runs'}"
+    return lambda *more: command(f"{ask} --unlabeled {tmp_path / 'new'} --new-classes {tmp_path / 'names.txt'}", *more)
+
+
+def test_new_classes_without_labels(unlabeled, command, tmp_path):
+    """New and H are not known until there are labeled images, which may be named in another way that CLIP reads."""
+    code, out, err = unlabeled("--method", "zeroshot", "mao")
     assert code == 0, err
-    table = [line.split() for line in out.splitlines()[2:6]]
+    table = [line.split() for line in out.splitlines()[2:5]]
     assert table[0][:3] == ["Base", "New", "H"] and all(row.count("-") >= 2 for row in table[1:])
     (folder,) = (tmp_path / "runs").glob("folder-coop-mao*")
-    assert result(folder)["new"] is None and result(folder)["h"] is None
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["base"] * 2 + ["new"] * 2
-    assert lines[-1]["candidates"] == 2 and "pseudo_label_accuracy" not in lines[-1]
-    code, again, _ = command("run.py", "--eval", folder)
-    assert code == 0 and again.splitlines()[3].split() == out.splitlines()[5].split()  # the MAO row
+    assert read(folder, "result")["new"] is None and read(folder, "result")["h"] is None
+    assert [line["phase"] for line in lines(folder)] == ["base"] * 2 + ["new"] * 2
+    assert lines(folder)[-1]["candidates"] == 2 and "pseudo_label_accuracy" not in lines(folder)[-1]
+    code, again, _ = command("run.py --eval", folder)
+    assert code == 0 and again.splitlines()[3].split() == out.splitlines()[4].split()  # the MAO row
 
-    for name in ("Fenster", "Dach und First"):
+    for name in ("Fene\u0302tre", "DACH_und First"):
         draw(tmp_path / "labeled" / name / "1.png", 7)
-    code, _, err = command(*ask, "--new-test", tmp_path / "labeled")
+    code, _, err = unlabeled("--new-test", tmp_path / "labeled", "--method", "mao")
     assert code == 0, err
     (folder,) = (tmp_path / "runs").glob("folder-coop-mao*new-test*")
-    assert result(folder)["new"] == 50  # two equal images of two classes
+    assert read(folder, "result")["new"] == 50  # two equal images of two classes
+    assert command("run.py --eval", folder)[0] == 0
 
-    # Predictions by those prompts.
-    photos = tmp_path / "new"
-    options = ["--prompt", folder / "new.safetensors", "--classes", names]
-    code, out, err = command("predict.py", photos, *options, "--out", tmp_path / "found.csv")
-    assert code == 0, err
-    rows = list(csv.reader(io.StringIO((tmp_path / "found.csv").read_text())))
-    assert rows[0] == ["path", "class", "confidence"] and len(rows) == 6
-    assert {row[0] for row in rows[1:]} == {str(path) for path in photos.rglob("*.png")}
-    assert {row[1] for row in rows[1:]} <= {"Fenster", "Dach und First"}
-    assert all(0.5 <= float(row[2]) <= 1 for row in rows[1:])
-    code, out, _ = command("predict.py", photos / "0.png", *options, "--out", tmp_path / "one.csv")
+    # Predictions by those prompts, and by the same prompts in a file of the first version.
+    path = folder / "new.safetensors"
+    about = {"dataset": "folder", "backbone": "coop", "settings": {"n_ctx": 4, "ctx_init": None}, "clip": "demo"}
+    about |= {"clip_sha256": read(folder, "config")["clip_sha256"], "classnames": ["a", "b"]}
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(state, tmp_path / "old.safetensors", {"mao": json.dumps(about)})
+    found = []
+    for prompts in (path, tmp_path / "old.safetensors"):
+        ask = ["predict.py --workers 0 --prompt", prompts, "--classes", tmp_path / "names.txt", "--out"]
+        code, out, err = command(*ask, tmp_path / "found.csv", tmp_path / "new")
+        assert code == 0 and out == f"5 images in {tmp_path / 'found.csv'}\n", err
+        found.append(list(csv.reader((tmp_path / "found.csv").open())))
+    rows = found[0]
+    assert found[1] == rows and rows[0] == ["path", "class", "confidence"] and len(rows) == 6
+    assert {row[0] for row in rows[1:]} == {str(path) for path in (tmp_path / "new").rglob("*.png")}
+    assert all(row[1] in ("Fenêtre", "Dach und First") and 0.5 <= float(row[2]) <= 1 for row in rows[1:])
+    code, out, _ = command(*ask, tmp_path / "one.csv", tmp_path / "new" / "0.png")
     shares = [float(line.split("%")[0]) for line in out.splitlines()[:2]]
     assert code == 0 and shares[0] >= shares[1] and sum(shares) == pytest.approx(100, abs=0.02)
     assert out.splitlines()[0].split("%")[1].strip() in (tmp_path / "one.csv").read_text()
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"--new-classes": None}, "go together"),
-        ({"--unlabeled": None}, "go together"),
-        ({"--unlabeled": "nowhere"}, "nowhere is not a folder"),
-        ({"--unlabeled": "empty"}, "empty holds no images"),
-        ({"--new-classes": "nowhere"}, "cannot read class names in nowhere"),
-        ({"--new-classes": "twice.txt"}, "names 'a' twice"),
-        ({"--new-classes": "empty.txt"}, "empty.txt is empty"),
-        ({"--protocol": "few-shot"}, "it has no new phase"),
-        ({"--targets": "demo-ice"}, "add --protocol cross-dataset"),
-        ({"--root": None}, "needs --root"),
-        ({"--new-test": "own"}, "that names.txt does not name"),
-        ({"--new-test": "nowhere"}, "nowhere is not a folder"),
-    ],
-)
-def test_bad_new_classes_are_one_sentence(own, command, tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    draw(tmp_path / "new" / "1.png")
-    (tmp_path / "empty").mkdir()
-    for name, content in (("names.txt", "a\nb\n"), ("twice.txt", "a\nb\na\n"), ("empty.txt", "\n")):
-        (tmp_path / name).write_text(content)
-    options = {"--dataset": "folder", "--root": "own", "--unlabeled": "new", "--new-classes": "names.txt"}
-    options = {**options, "--clip": "demo", **change}
-    code, _, err = command("run.py", *[word for pair in options.items() if pair[1] for word in pair])
-    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+TUNE = "run.py --clip demo --dataset folder --out runs"
+NEW = f"{TUNE} --root own --unlabeled new --new-classes names.txt"
+PREDICT = "predict.py --prompt run/new.safetensors --classes names.txt --out x.csv"
+WRONG = {
+    f"{TUNE} --root nowhere": "nowhere is not a folder",
+    f"{TUNE} --root own/old_gate": "holds no class folders",
+    f"{TUNE} --root .": "holds no images",
+    f"{TUNE} --root two": "2 classes are too few",
+    f"{TUNE} --root one": "'Red Door' has no training image",
+    f"{TUNE} --root own --unlabeled new": "belong together",
+    f"{TUNE} --root own --new-classes names.txt": "belong together",
+    f"{NEW} --unlabeled nowhere": "nowhere is not a folder",
+    f"{NEW} --unlabeled empty": "empty holds no images",
+    f"{NEW} --new-classes nowhere": "cannot read",
+    f"{NEW} --new-classes twice.txt": "'a' twice",
+    f"{NEW} --new-classes empty.txt": "empty.txt is empty",
+    f"{NEW} --new-test own": "that names.txt does not name",
+    f"{NEW} --unlabeled-shots 1": "--unlabeled-shots has no effect with --unlabeled",
+    f"{NEW} --protocol few-shot": "has no effect with --protocol few-shot",
+    "run.py --method zeroshot --out names.txt": "names.txt (File exists)",
+    f"{PREDICT} 1.png --prompt nowhere": "nowhere is missing",
+    f"{PREDICT} 1.png --prompt names.txt": "names.txt is not a file of prompts",
+    f"{PREDICT} 1.png --prompt run": "run ",
+    f"{PREDICT} 1.png --classes nowhere": "cannot read",
+    f"{PREDICT} 1.png --clip names.txt": "is not a CLIP checkpoint",
+    f"{PREDICT} nowhere": "there is no image or folder nowhere",
+    f"{PREDICT} broken.png": "cannot read the image broken.png",
+    f"{PREDICT} 1.png --out nowhere/x.csv": "must be a file in a folder that exists",
+    f"{PREDICT} 1.png --out 1.png": "is the image too, which it would replace",
+    f"{PREDICT} 1.png --out ./names.txt": "is --classes too, which it would replace",
+    f"{PREDICT} 1.png --export run/new.safetensors": "is --prompt too, which it would replace",
+    f"{PREDICT} 1.png --export x.csv": "is --export too, which it would replace",
+    f"{PREDICT} --export a.txt": "must end with .safetensors",
+    PREDICT: "nothing to do",
+}
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"--prompt": "nowhere"}, "nowhere is missing"),
-        ({"--prompt": "names.txt"}, "is not a file of prompts"),
-        ({"--classes": "nowhere"}, "cannot read class names"),
-        ({"--clip": "names.txt"}, "is not a CLIP checkpoint"),
-        ({"image": "nowhere"}, "there is no image or folder nowhere"),
-        ({"image": "broken.png"}, "cannot read the image broken.png"),
-        ({"--out": "nowhere/x.csv"}, "must be a file in a folder that is there"),
-        ({"--out": "1.png"}, "is the image too, which it would replace"),
-        ({"--out": "./names.txt"}, "is --classes too, which it would replace"),
-        ({"--export": "run/new.safetensors"}, "is --prompt too, which it would replace"),
-        ({"--export": "x.csv"}, "is --export too, which it would replace"),
-        ({"--prompt": "run"}, "run is a folder"),
-    ],
-)
-def test_bad_predictions_are_one_sentence(command, tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    draw(tmp_path / "1.png")
-    (tmp_path / "broken.png").write_bytes(b"no PNG")
-    (tmp_path / "names.txt").write_text("a\nb\n")
-    clip_model, sha256 = load_clip("demo")
-    config = {"dataset": "demo", "backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": sha256}
-    record.Record(tmp_path / "run", config).prompts("new", CoOp(clip_model, ["a"]))
-    options = {"--prompt": "run/new.safetensors", "--classes": "names.txt", "--out": "x.csv", **change}
-    image = options.pop("image", "1.png")
-    code, _, err = command("predict.py", image, *[word for pair in options.items() for word in pair])
-    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
-    assert not (tmp_path / "x.csv").exists()
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_one_sentence(wrong, own, photos, command, tmp_path):
+    for number in range(10):
+        draw(tmp_path / "one" / "blue" / f"{number}.png")
+        shutil.copytree("own/blaue Tür", f"one/{number}")
+    draw(tmp_path / "one" / "Red Door" / "1.png")
+    shutil.copytree("own/Red Door", "two/a")
+    shutil.copytree("own/old_gate", "two/b")
+    refuses(command(wrong), WRONG[wrong])
+    assert not list(tmp_path.glob("x.csv")) and not list(tmp_path.glob("runs"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_predictions_go_on_past_broken_images(command, tmp_path, workers):
-    for name in ("1.png", "3.png"):
-        draw(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "2.png").write_bytes(b"no PNG")
-    (tmp_path / "names.txt").write_text("a\nb\n")
-    clip_model, sha256 = load_clip("demo")
-    config = {"dataset": "demo", "backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": sha256}
-    record.Record(tmp_path / "run", config).prompts("new", CoOp(clip_model, ["a"]))
-    options = ["--prompt", tmp_path / "run/new.safetensors", "--classes", tmp_path / "names.txt", "--workers", workers]
-    code, out, err = command("predict.py", tmp_path / "photos", *options, "--out", tmp_path / "x.csv")
-    assert code == 1 and out == f"3 images in {tmp_path / 'x.csv'}\n"
+def test_predictions_go_on_past_broken_images(photos, command, tmp_path):
+    for number in (1, 2, 3):
+        shutil.copy("broken.png" if number == 2 else "1.png", f"new/{number}.png")
+    code, out, err = command(f"{PREDICT} --workers 2 new")
+    assert code == 1 and out == "3 images in x.csv\n"
     headline, sentence = err.splitlines()[-2:]
     assert headline == "predict.py: 1 of 3 images have no class there:"
-    assert sentence.startswith(f"cannot read the image {tmp_path / 'photos' / '2.png'} (") and "Traceback" not in err
-    rows = list(csv.reader(io.StringIO((tmp_path / "x.csv").read_text())))
-    assert rows[2] == [str(tmp_path / "photos" / "2.png"), "", ""] and all(rows[i][1] in "ab" for i in (1, 3))
+    assert sentence.startswith("cannot read the image new/2.png (") and "Traceback" not in err
+    rows = list(csv.reader((tmp_path / "x.csv").open()))
+    assert rows[2] == ["new/2.png", "", ""] and all(rows[i][1] in "ab" for i in (1, 3))
+
+
+def test_missing_images_are_found_before_the_work(eurosat, tune):
+    photos = eurosat / "eurosat" / "2750"
+    new = [path for path, _, _ in data.few_shot(folders.open_dataset("eurosat", eurosat).split, 4, 1)["train"]][-1]
+    for path in ("SeaLake/SeaLake_8.jpg", new):  # a test image, an unlabeled training image
+        content = (photos / path).read_bytes()
+        (photos / path).unlink()
+        *found, folder = tune()
+        refuses(found, photos / path)
+        assert not folder.exists()
+        (photos / path).write_bytes(content)
 
 
 # The other protocols --------------------------------------------------------------------------------------------------
 
 
-def test_cross_dataset(command, tmp_path):
+def test_cross_dataset(command, tmp_path, monkeypatch):
     """Table 2: the source, the targets and their average; five epochs at MAO's rate, the base phase alone."""
-    ask = ["run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--shots", 1]
-    code, out, err = command(*ask, "--targets", "demo-gold", "demo-plain", "--out", tmp_path)
+    monkeypatch.setattr(demo, "TEST", 2)  # images per class; 20 take long
+    ask = "run.py --dataset demo-ice --protocol cross-dataset --shots 1 --anchors 10 --top-k 2 --method zeroshot mao"
+    code, out, err = command(f"{ask} --targets demo-gold demo-plain --out", tmp_path)
     assert code == 0, err
-    table = [line.split("  ") for line in out.splitlines()[2:]]
-    assert out.splitlines()[2].split()[:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"] and len(table) == 5
-    for folder in tmp_path.iterdir():
-        found, config = result(folder), json.loads((folder / "config.json").read_text())
-        assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2
-        assert config["new_lr"] is None
-        if config["method"] == "zeroshot":
-            assert config["base_lr"] is None and not (folder / "metrics.jsonl").exists()
-        else:
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            assert config["base_lr"] == 0.0035 and [json.loads(line)["phase"] for line in lines] == ["base"] * 5
-    (mao,) = tmp_path.glob("demo-ice-coop-mao-seed1-*")
-    assert mao.name[:-7] == "demo-ice-coop-mao-seed1-protocol-cross-dataset-targets-demo-gold-demo-plain-shots1"
-    before = result(mao)
-    code, again, _ = command("run.py", "--eval", mao)
-    assert code == 0 and again.splitlines()[3].split() == out.splitlines()[5].split() and result(mao) == before
-    task = data.task_of({**SOURCE, "targets": ["all"]})
-    assert len(task.tests) == 11 and len(task.base_names) == 100 and "demo-sepia" not in task.tests
+    table = [line.split() for line in out.splitlines()[2:5]]
+    assert table[0][:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"]
+    zero_shot, mao = (next(tmp_path.glob(f"demo-ice-coop-{method}-*")) for method in ("zeroshot", "mao"))
+    for folder in (zero_shot, mao):
+        found, config = read(folder, "result"), read(folder, "config")
+        assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2 and config["new"] is None
+    assert read(zero_shot, "config")["base"] is None and not (zero_shot / "metrics.jsonl").exists()
+    assert read(mao, "config")["base"]["lr"] == 0.0035
+    assert [line["phase"] for line in lines(mao)] == ["base"] * 5
+    assert (
+        mao.name[:-7]
+        == "demo-ice-coop-mao-seed1-protocol-cross-dataset-targets-demo-gold-demo-plain-shots1-anchors10-top-k2"
+    )
+    code, again, _ = command("run.py --eval", mao)
+    assert code == 0 and again.splitlines()[3].split() == table[2]
+    task = data.open_task(options.Settings(dataset="demo-ice", protocol="cross-dataset"))
+    assert len(task.tests) == 11 and len(task.base_names) == 100 and "demo-sepia" in task.tests
 
 
-def test_few_shot(eurosat, command, tmp_path):
+def test_few_shot(tune):
     """All classes, train and test: one accuracy, MAO by its base phase."""
-    ask = ["run.py", "--dataset", "eurosat", "--root", eurosat, "--protocol", "few-shot", *SMALL]
-    code, out, err = command(*ask, "--out", tmp_path / "runs")
+    code, out, err, folder = tune("--protocol few-shot --method mao")
     assert code == 0, err
     assert out.splitlines()[2].split() == ["Accuracy", "learnable", "seconds", "peak", "memory"] and "single" not in out
-    (mao,) = (tmp_path / "runs").glob("eurosat-coop-mao*")
-    assert not (mao / "new.safetensors").exists()
-    lines = [json.loads(line) for line in (mao / "metrics.jsonl").read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["base"] * 2
-    assert json.loads((mao / "config.json").read_text())["top_k"] == 5  # of 10 classes, all of them base
+    (mao,) = folder.iterdir()
+    assert not (mao / "new.safetensors").exists() and [line["phase"] for line in lines(mao)] == ["base"] * 2
+    assert read(mao, "config")["top_k"] == 5  # of 10 classes, all of them base
 
 
 def test_zero_shot_takes_each_datasets_words(eurosat, monkeypatch):
-    """EuroSAT's are "a centered satellite photo of {}.", in every protocol; the score is that of those words."""
-    clip_model, _ = load_clip("demo")
-    settings = {"dataset": "demo-ice", "root": eurosat, "protocol": "cross-dataset", "targets": ["eurosat"]}
-    task = data.task_of({**settings, "shots": 1, "seed": 1})
-    task.tests.pop("demo-ice")
-    words, set_classes = [], ZeroShot.set_classes
+    """EuroSAT's are "a centered satellite photo of {}.", in every protocol."""
+    ask = {"dataset": "demo-ice", "root": str(eurosat), "protocol": "cross-dataset", "targets": ("eurosat",)}
+    task, words, set_classes = data.open_task(options.Settings(**ask, shots=1)), [], ZeroShot.set_classes
 
-    def noted(self, names, template=None):
-        set_classes(self, names, template)
+    def noted(self, *more):
+        set_classes(self, *more)
         words.append(self.template)
 
     monkeypatch.setattr(ZeroShot, "set_classes", noted)
-    foundation = ZeroShot(clip_model, task.base_names)
-    monkeypatch.setattr(evaluate, "accuracy", lambda *arguments: 0.0)
-    evaluate.score(foundation, None, task, evaluate.Tests(task, foundation, "cpu"))
-    assert words == ["a photo of a {}.", "a centered satellite photo of {}."]
-
-
-def test_an_unknown_target_is_one_sentence(command, tmp_path):
-    ask = ["run.py", "--dataset", "demo-ice", "--protocol", "cross-dataset", "--targets", "demo-gould"]
-    code, _, err = command(*ask, "--out", tmp_path / "runs")
-    assert code == 2 and "there is no dataset 'demo-gould': did you mean demo-gold" in err and err.count("\n") == 1
-    with pytest.raises(ValueError, match="--targets demo-sepia is the source itself"):
-        data.task_of({**SOURCE, "targets": ["demo-sepia"]})
-
-
-# Images and downloads -------------------------------------------------------------------------------------------------
-
-
-def test_a_palette_png_a_gray_one_and_one_that_ends_early(tmp_path):
-    read = images.FolderReader(tmp_path)
-    draw(tmp_path / "color.png")
-    color = Image.open(tmp_path / "color.png")
-    color.quantize(16).save(tmp_path / "palette.png", transparency=3)
-    color.convert("L").save(tmp_path / "gray.png")
-    for name in ("palette.png", "gray.png"):
-        assert images.test_transform(32)(read(name)).shape == (3, 32, 32)
-    draw(tmp_path / "short.jpg")
-    content = (tmp_path / "short.jpg").read_bytes()
-    (tmp_path / "short.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(images.UnreadableImage, match="short.jpg .*truncated"):
-        read("short.jpg")
-
-
-def test_a_split_that_names_a_missing_file_is_found_before_the_work(eurosat, command, tmp_path):
-    split = json.loads((eurosat / "eurosat" / "split_zhou_EuroSAT.json").read_text())
-    missing = eurosat / "eurosat" / "2750" / split["test"][-1][0]
-    missing.unlink()
-    run = ["run.py", "--dataset", "eurosat", "--root", eurosat, *SMALL, "--out", tmp_path / "runs"]
-    code, _, err = command(*run)
-    assert code == 2 and str(missing) in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
-    draw(missing)
-    new = [path for path, _, _ in data.few_shot(split, 2, 1)["train"]][-1]
-    (eurosat / "eurosat" / "2750" / new).write_text("no image")
-    code, _, err = command(*run)
-    assert code == 2 and new in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("name", ["dtd", "ucf101", "stanford_cars"])
-def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, command):
-    """What cannot be had says what to get, from where, into which folder."""
-
-    class Broken:
-        def __init__(self, root, download):
-            draw(tmp_path / "data" / f".{name}.part" / "dtd" / "dtd" / "images" / "banded" / "1.jpg")
-            raise ConnectionResetError("the line is dead")
-
-    def broken(id, output):
-        raise ConnectionResetError("the line is dead")
-
-    monkeypatch.setattr(layouts.datasets, "DTD", Broken)
-    monkeypatch.setattr(gdown, "download", broken)
-    code, _, err = command("data.py", name, "--root", tmp_path / "data", "--download")
-    assert code == 2 and err.count("\n") == 1 and f"into {tmp_path / 'data' / name}" in err and "http" in err
-    assert ("the line is dead" in err) == (name != "stanford_cars") and not (tmp_path / "data").exists()
-
-
-def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
-    """DTD by torchvision, its split file from Google Drive; where that fails, CoOp's rule and a line that says so."""
-
-    class Whole:
-        def __init__(self, root, download):
-            for kind in ("banded", "dotted", "woven"):
-                for number in range(10):
-                    draw(pathlib.Path(root) / "dtd" / "dtd" / "images" / kind / f"{kind}_{number}.jpg")
-
-    def drive(id, output):
-        if refused:
-            raise gdown.exceptions.FileURLRetrievalError("Too many users\nhave viewed it")
-        items = [
-            [f"{kind}/{kind}_{number}.jpg", label, kind]
-            for label, kind in enumerate(("banded", "dotted", "woven"))
-            for number in range(10)
-        ]
-        pathlib.Path(output).write_text(json.dumps({"train": items, "val": [], "test": items[::5]}))
-
-    monkeypatch.setattr(layouts.datasets, "DTD", Whole)
-    monkeypatch.setattr(gdown, "download", drive)
-    refused = True
-    source = data.open_dataset("dtd", tmp_path, download=True)
-    err = capsys.readouterr().err
-    assert len(source.split["train"]) == 15 and "Too many users" in err and "the digits then differ" in err
-    refused = False
-    source = data.open_dataset("dtd", tmp_path, download=True)
-    assert len(source.split["train"]) == 30 and capsys.readouterr().err == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dtd"]
-    assert sorted(path.name for path in (tmp_path / "dtd").iterdir()) == [
-        "images",
-        "split_seed1_DescribableTextures.json",
-        "split_zhou_DescribableTextures.json",
-    ]
+    monkeypatch.setattr(scores.TestImages, "batches", lambda *arguments: [])
+    monkeypatch.setattr(scores, "top1", lambda *arguments: (torch.zeros(1),) * 3)
+    zero_shot = ZeroShot(load_clip("demo")[0], task.base_names)
+    scores.score(zero_shot, None, task, scores.TestImages(task, zero_shot, "cpu"))
+    assert words == ["a photo of a {}.", "a photo of a {}.", "a centered satellite photo of {}."]

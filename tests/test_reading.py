@@ -1,19 +1,17 @@
-"""docs/reading.html, the page that is checked in: its code is today's source, and it asks no host for anything.
+"""docs/reading.html, the page that is checked in: its code is today's source, and it shows all of its figures.
 
-CI builds it anew and compares all its values (`python -m docs --check`); here the cheap ones are computed again.
+CI builds it again and compares all its values (`python -m docs --check`); here the cheap ones are computed again.
 """
 
 import importlib
+import io
 import re
 
-import numpy as np
 import pytest
-import settings
 from conftest import PROJECT
+from PIL import Image
 
-import data
-from mao import candidates
-from sampler import HardNegativeSampler, minilm
+from experiments import figures
 
 docs = importlib.import_module("docs.__main__")
 PAGE = docs.PAGE.read_text()
@@ -34,25 +32,28 @@ def test_the_page_is_one_file():
 
 
 def test_live_values_come_out_again():
-    args = settings.parse(["--seed", "1"])
-    task = data.task_of(vars(args))
-    labels = [label for _, label, _ in task.base_train]
-    sampler = HardNegativeSampler(labels, task.base_names, 4, 8, 1)
-    batch = next(iter(sampler))
-    e = minilm(task.base_names).double().numpy()
-    e /= np.linalg.norm(e, axis=1, keepdims=True)
-    anchor = labels[batch[0]]
-    found = docs.values(PAGE)
-    assert found["cosine of the last neighbor"] == pytest.approx(np.sort(e @ e[anchor])[-8], abs=1e-4)
-    torch_labels = importlib.import_module("torch").tensor([labels[index] for index in batch])
-    assert found["candidates, H"] == len(candidates(torch_labels)[0])
-    assert found["candidates, H"] < len(torch_labels) == 32 or found["candidates, H"] == 32
+    batches, found = figures.Batches("demo"), docs.values(PAGE)
+    for name, batch in (("hard", batches.hard), ("at random", batches.random)):
+        names = [batches.task.base_names[label] for label in batches.labels[batch]]
+        similarity = found[f"mean similarity of the batch, {name}"]
+        assert similarity == pytest.approx(figures.mean_similarity(names), abs=1e-4)
+    assert found["candidates, H"] == len(set(batches.labels[batches.hard].tolist()))
 
 
 def test_a_page_out_of_date_is_found():
     assert docs.differences(PAGE, PAGE) == []
-    other = PAGE.replace("def </span>", "def  </span>", 1).replace('"candidates, H": ', '"candidates, H": 9', 1)
-    assert other != PAGE and any("was" in text for text in docs.differences(PAGE, other))
+    other = PAGE.replace('"candidates, H": ', '"candidates, H": 9', 1).replace(">check_labels<", ">check<", 1)
+    assert len(docs.differences(PAGE, other)) == 2
+
+
+def test_the_page_shows_all_its_figures_and_a_lost_one_is_found():
+    assert docs.values(PAGE)["figures"] == 8 and docs.faults(PAGE) == []
+    image, white = re.search(r"<img [^>]*>", PAGE)[0], io.BytesIO()
+    Image.new("RGB", (900, 900), "white").save(white, "PNG", compress_level=0)
+    assert docs.is_empty(white.getvalue()) and docs.is_empty(b"")
+    assert docs.faults(PAGE.replace(image, "", 1)) == ["it has 7 of 8 figures"]
+    for bare in ("Figure size 836x242 with 1 Axes", "IPython.core.display.HTML object", "docs.live.Run object at 0x7f"):
+        assert len(docs.faults(PAGE.replace(image, f"{image}<pre>&lt;{bare}&gt;</pre>", 1))) == 1, bare
 
 
 def test_margin_notes_link_to_their_rows():
