@@ -9,11 +9,13 @@ import pathlib
 import re
 import warnings
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
 from harness.cli import warn
 from harness.files import read_json
+from harness.images import PIXEL_MEAN, PIXEL_STD
 
 with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which warns that it is deprecated
     import clip.model
@@ -27,15 +29,8 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")  # in a folder
 # What weights do not tell: (activation, width of a head) of the image side, and of the text side. None: not known.
 UNKNOWN, OPENAI = ((None, None), (None, None)), (("quickgelu", 64), ("quickgelu", 64))
 
-# Signs of a model that clip.model.CLIP cannot hold, in a config or in the list of the keys of weights, as Python prints
-# them. The first number of a mean or a standard deviation of pixels tells whether they are CLIP's.
-OTHER_KINDS = re.compile(
-    r"(?P<SigLIP>logit_bias'(?!: None))|(?P<CoCa>'multimodal_cfg': {)|(?P<timm>timm_model_name': '[^']+|visual\.trunk)|"
-    r"(?P<text_encoder>'hf_model_name': '[^']+|'text\.transformer\.e)|(?P<tokenizer>'hf_tokenizer_name': '[^']+)|"
-    r"(?P<pixels>(mean': [\[(](?!0\.481)|std': [\[(](?!0\.268))[^])]+)|(?P<type>'model_type': '(?!clip'|clip_)[^']+)|"
-    r"(?P<layers>'pool_type': '(?!tok|argmax)\w+|'(no_causal_mask|final_ln_after_pool)': True|(act|norm)_kwargs': {|"
-    r"'hidden_act': '(?!gelu'|quick_gelu')\w+|'layer_norm_eps': (?!1e-05)[^,}]+)"
-)
+# Parts of keys of models that clip.model.CLIP cannot hold.
+OTHER_KEYS = {"logit_bias": "SigLIP", "visual.trunk": "timm", "text.transformer.e": "a text encoder of Hugging Face"}
 
 # What wrapping a model puts before its keys. Keys of what is computed, or joins the tensor of another key (k, v).
 WRAPPED = re.compile(r"^((module|_orig_mod|model|clip|clip_model)\.)+")
@@ -150,10 +145,34 @@ def read_config(config):
             yield side.get("hidden_act", "quick_gelu").replace("_", ""), head_width
 
 
-def refuse_other_kinds(content):
-    """ValueError: a config, or a list of the keys of weights, is of a kind that clip.model.CLIP cannot hold."""
-    if sign := OTHER_KINDS.search(str(content)):
-        raise ValueError(f"an unsupported kind of model, {sign.lastgroup}: {sign[0]}")
+def refuse_other_kinds(config):
+    """ValueError: a config of open_clip or Hugging Face is of a kind that clip.model.CLIP cannot hold."""
+    model, pixels = config.get("model_cfg") or config, config.get("preprocess_cfg") or config
+    image, text = (model.get(f"{side}_cfg") or model.get(f"{side}_config") or {} for side in ("vision", "text"))
+    mean, std = (pixels.get(name) or pixels.get(f"image_{name}") for name in ("mean", "std"))
+    kinds = {
+        "SigLIP": model.get("init_logit_bias") is not None,
+        "CoCa": "multimodal_cfg" in model,
+        "timm": image.get("timm_model_name"),
+        "a text encoder of Hugging Face": text.get("hf_model_name") or text.get("hf_tokenizer_name"),
+        f"a {model.get('model_type')}": model.get("model_type", "clip") not in ("clip", "clip_text_model"),
+        f"pixels of mean {mean} and std {std}": (mean and not np.allclose(mean, PIXEL_MEAN, atol=1e-3))
+        or (std and not np.allclose(std, PIXEL_STD, atol=1e-3)),
+        "other pooling": image.get("pool_type", "tok") != "tok"
+        or text.get("pool_type", "argmax") != "argmax"
+        or image.get("final_ln_after_pool"),
+        "other layers": text.get("no_causal_mask")
+        or any(
+            side.get("act_kwargs")
+            or side.get("norm_kwargs")
+            or side.get("layer_norm_eps", 1e-5) != 1e-5
+            or side.get("hidden_act", "gelu") not in ("gelu", "quick_gelu")
+            for side in (image, text)
+        ),
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ValueError(f"an unsupported kind of model, {kind}")
 
 
 def open_by_package(name, path):
@@ -241,7 +260,9 @@ def build(name, weights, image_side, text_side):
 
 def to_openai_keys(weights):
     """float32 weights under the keys of the `clip` package, from any of the layouts. ValueError: not a CLIP's."""
-    refuse_other_kinds(list(weights))
+    for part, kind in OTHER_KEYS.items():
+        if any(part in key for key in weights):
+            raise ValueError(f"an unsupported kind of model, {kind}")
     for key in [key for key in weights if not SKIPPED.search(key)]:
         value = (weights[key].T if key.endswith("_projection.weight") else weights[key]).float().contiguous()
         if ".self_attn.q_proj." in key:  # clip has query, key and value in one
