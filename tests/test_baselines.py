@@ -256,10 +256,11 @@ def test_whole_images_are_labeled_once(task, small):
 
 
 def test_balanced_labels_by_hand(task, monkeypatch):
-    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+    """A class's own images come first, then others by its probability: class 0 has image 0, before image 1's 0.4."""
+    p = torch.tensor([[0.34, 0.33, 0.33], [0.4, 0.5, 0.1], [0.05, 0.6, 0.35], [0.1, 0.1, 0.8]])
     monkeypatch.setattr(labelers, "of_whole_images", lambda *arguments: p)
     label, chosen = call(labelers.balanced, None, task)
-    # Class 1 has one image of its own; the next by its probability is image 2.
-    assert chosen.new_train == [task.new_train[i] for i in (0, 1, 3, 2)] and chosen.new_answers == [0, 0, 1, 1]
-    assert label(None, torch.arange(4))[2].tolist() == [0, 0, 1, 1] and label(None, torch.tensor([2, 0]))[2][0] == 1
-    assert len(labelers.most_confident(p, 9)[0]) == 8 and task.new_train[2] != chosen.new_train[2]
+    assert chosen.new_train == [task.new_train[i] for i in (0, 1, 2, 1, 3, 2)]
+    assert chosen.new_answers == [0, 0, 1, 0, 1, 1] and len(task.new_train) == len(task.new_answers) == 4
+    assert label(None, torch.arange(6).flip(0))[2].tolist() == [2, 2, 1, 1, 0, 0]
+    assert len(labelers.most_confident(p, 9)[0]) == 3 * 4
