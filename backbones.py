@@ -69,8 +69,7 @@ class Learner(nn.Module):
 
     def forward(self, images, classes=None):
         """Logits [B, H] of images over all classes, or over those in an index tensor."""
-        f = self.image_features(images)
-        return self.logits(f, self.text_features(classes))
+        return self.logits(self.image_features(images), self.text_features(classes))
 
 
 class ZeroShot(Learner):
@@ -167,6 +166,8 @@ class PromptLearner(Learner):
 
     def unscaled_text_features(self, classes=None):
         """`text_features` as they leave the encoder, before they are scaled to unit length."""
+        if classes is None and len(self.suffix) > 1000 and not torch.is_grad_enabled():  # in parts, to save memory
+            return torch.cat([self.unscaled_text_features(part) for part in torch.arange(len(self.suffix)).split(1000)])
         suffix, ends = self.suffix, self.ends  # [C, S, w], [C]
         if classes is not None:
             suffix, ends = suffix[classes], ends[classes.cpu()]  # [H, S, w], [H]

@@ -211,6 +211,6 @@ def frozen_image_features(clip_model, images):
     images: [B, 3, h, w]. Features that are already computed are returned unchanged: [B, d] alone, or in a pair
     (images, features).
     """
-    if isinstance(images, tuple):
-        return images[1]
+    if isinstance(images, tuple):  # a pair with the features; of several views the first
+        images = images[1] if images[1].ndim == 2 else images[0]
     return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)

@@ -22,7 +22,7 @@ class CoCoOp(PromptLearner):
 
     recipe = {"optimizer": "sgd", "epochs": 10, "lr": 0.002, "batch_size": 1}  # vit_b16_c4_ep10_batch1_ctxv1.yaml
     text_depends_on_image = True
-    tuned_labeler_refused = "cocoop's text is not the same for all images"
+    tuned_labeler_refused = "its text depends on the image"
 
     def __init__(self, clip_model, classnames, n_ctx: int = 4):
         super().__init__(clip_model, classnames, n_ctx, "a photo of a" if n_ctx <= 4 else None)

@@ -27,7 +27,7 @@ class DePT(PromptLearner):
     linear_weight: 0.7, of the head's cross-entropy and scores; the similarity's are the rest.
     """
 
-    tuned_labeler_refused = "dept's features are not of unit length"
+    tuned_labeler_refused = "its scores are more than a cosine"
     prompts_images = True  # so that run.py passes images: the head takes features as they leave the encoder
     recipe = {  # of its CoOp host, for all datasets
         "optimizer": "sgd",

@@ -27,6 +27,7 @@ class ProDA(PromptLearner):
     `drawn` fixes the prompts of a step; None takes the next ones of a random order.
     """
 
+    tuned_labeler_refused = "its scores are more than a cosine"
     carried = ("order",)
     recipe = {"optimizer": "sgd", "epochs": 100, "lr": 0.001, "batch_size": 4}  # of CLIP_Calibration's port
 

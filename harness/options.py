@@ -277,6 +277,7 @@ def check(settings):
         (f"--protocol {protocol}", protocol != "base-to-new", (*of_new_phase, "unlabeled", "no_new")),
         (f"--protocol {protocol}", protocol != "cross-dataset", ("targets",)),
         ("--no-base", settings.no_base, ("sampler", "anchors", "top_k", "no_reg_base")),
+        ("--sampler random", settings.sampler == "random", ("anchors", "top_k")),
         ("--no-new", settings.no_new, of_new_phase),
         ("--ctx-init, whose words give the number", settings.ctx_init, ("n_ctx",)),
         ("--unlabeled, of which all images are taken", all_images, ("unlabeled_shots",)),

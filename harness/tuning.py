@@ -56,7 +56,7 @@ def fill_defaults(args, task, learner):
     if top_k > count:
         raise ValueError(f"--top-k {top_k} exceeds the {count} base classes: choose {count} or less")
     if "mao" in args.method:
-        if anchors * top_k > count:
+        if anchors * top_k > count and args.sampler != "random":
             warn(
                 f"b*K = {anchors}*{top_k} exceeds the {count} base classes: reg-B may become plain cross-entropy "
                 "(appendix B wants --anchors times --top-k within the classes)"
