@@ -29,8 +29,6 @@ from harness.folders import read_names
 from harness.options import Parser, Workers, checked
 from harness.scores import check_finite, scorer
 
-LEARNERS = BACKBONES | BASELINES
-
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
     """The prompt learner of a file that run.py wrote, with these class names: (learner, the file's header, a dict).
@@ -41,7 +39,9 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     clip_model, sha256 = load_clip_of(asdict(header), device, clip)
     state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
     tuned_on = header.classnames or classnames  # an older file does not name them
-    learner = runs.build_learner(LEARNERS, header.backbone, header.settings, clip_model, tuned_on, state, where)
+    learner = runs.build_learner(
+        BACKBONES | BASELINES, header.backbone, header.settings, clip_model, tuned_on, state, where
+    )
     with torch.no_grad():
         learner.set_classes(classnames)
     return learner, asdict(header)
