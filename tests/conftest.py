@@ -93,6 +93,12 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
+def succeeds(found):
+    """What a command printed and left, without its exit code, which must be 0: (stdout, stderr, ...)."""
+    assert found[0] == 0, found[2]
+    return found[1:]
+
+
 def refuses(found, *messages):
     """Asserts that a command ended with exit code 2, nothing on stdout, and one sentence that contains the messages."""
     code, out, err, *_ = found
@@ -107,8 +113,8 @@ def photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "new" / "1.png")
     shutil.copy("new/1.png", "1.png")
-    for name, content in {"names": "a\nb\n", "twice": "a\nb\na\n", "empty": "\n"}.items():
-        (tmp_path / f"{name}.txt").write_text(content)
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
     (tmp_path / "broken.png").write_bytes(b"no PNG")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import draw, succeeds
 from PIL import Image
 
 from harness import images, layouts, runs
@@ -49,17 +49,12 @@ def test_transparency_is_white(name, tmp_path):
     """The left half is transparent, with black below; the right half is of one color."""
     half = np.zeros((8, 8, 4), np.uint8)
     half[:, 4:] = 90, 90, 90, 255
-    image, options = Image.fromarray(half), {"lossless": True} if name.endswith("webp") else {}
-    if name.startswith("la"):
-        image = image.convert("LA")
-    elif name.startswith("p"):
-        image = Image.fromarray(half[:, :, 3] // 255).convert("P")
-        image.putpalette([0, 0, 0, 90, 90, 90] + [0] * 762)
-        options = {"transparency": 0}
-    elif not name.startswith("a"):
-        image = image.convert(name.split(".")[0].upper())
-        options = {"transparency": 0 if image.mode == "L" else (0, 0, 0)}
-    image.save(tmp_path / name, **options)
+    image, palette = Image.fromarray(half), Image.fromarray(half[:, :, 3] // 255).convert("P")
+    palette.putpalette([0, 0, 0, 90, 90, 90] + [0] * 762)
+    kinds = {"a": image, "la": image.convert("LA"), "p": palette, "rgb": image.convert("RGB"), "l": image.convert("L")}
+    kind, clear = name.split(".")[0], {"p": 0, "rgb": (0, 0, 0), "l": 0}
+    options = {"transparency": clear[kind]} if kind in clear else {"lossless": True}
+    kinds[kind].save(tmp_path / name, **options)
     seen = shown(tmp_path, name)
     assert (seen[:, :4] == 255).all() and (seen[:, 4:] == 90).all()
     assert (shown(tmp_path, name, plain=True)[:, :4] == 0).all()  # as CoOp reads its datasets
@@ -83,11 +78,11 @@ def test_orientation_and_frames(tmp_path):
     assert np.array_equal(shown(tmp_path, "a.png"), WIDE)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
-def test_ordinary_modes_are_as_before(mode, tmp_path):
-    image = Image.new("LAB", (4, 4), (120, 128, 128)) if mode == "LAB" else Image.fromarray(WIDE).convert(mode)
-    image.save(tmp_path / "a.tif")
-    assert np.array_equal(shown(tmp_path, "a.tif"), shown(tmp_path, "a.tif", plain=True))
+def test_ordinary_modes_are_as_before(tmp_path):
+    modes = [Image.fromarray(WIDE).convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr")]
+    for image in (*modes, Image.new("LAB", (4, 4), (120, 128, 128))):
+        image.save(tmp_path / "a.tif")
+        assert np.array_equal(shown(tmp_path, "a.tif"), shown(tmp_path, "a.tif", plain=True))
 
 
 def test_broken_images_are_named(tmp_path):
@@ -121,19 +116,16 @@ def test_which_files_are_images(tmp_path, capsys):
 
 def test_which_folders_are_classes(tmp_path, capsys):
     photos = tmp_path / "photos"
-    for name in ("cat", "dog", "owl"):
-        for number in range(4):
-            draw(photos / name / f"{number}.png")
-    os.symlink(photos, photos / "again")
-    os.symlink(tmp_path, photos / "up")
-    draw(tmp_path / "elsewhere" / "1.png")
-    os.symlink(tmp_path / "elsewhere", photos / "yak")
+    for path in (photos / "cat" / "1.png", photos / "dog" / "1.png", tmp_path / "elsewhere" / "1.png"):
+        draw(path)
+    for link, target in (("again", photos), ("up", tmp_path), ("yak", tmp_path / "elsewhere")):
+        os.symlink(target, photos / link)
     (photos / ".DS_Store").write_text("hidden")
     (photos / "list.txt").write_text("shown")
     items = layouts.class_folders(photos)["all"]
     err = capsys.readouterr().err
     assert "1 files are left out" in err and err.endswith(": 1 .txt\n") and err.count("\n") == 1
-    assert len(items) == 13 and {name for _, _, name in items} == {"cat", "dog", "owl", "yak"}
+    assert [name for _, _, name in items] == ["cat", "dog", "yak"]
 
 
 # Other systems --------------------------------------------------------------------------------------------------------
@@ -152,5 +144,5 @@ def test_what_workers_get_can_be_pickled(tmp_path):
 def test_without_the_module_resource(monkeypatch, tune):
     """Windows has none: the peak memory is then not known, and nothing else changes."""
     monkeypatch.setattr(runs, "resource", None)
-    code, out, err, _ = tune("--method zeroshot")
-    assert code == 0 and out.splitlines()[3].split()[-1] == "-", err
+    out, *_ = succeeds(tune("--method zeroshot"))
+    assert out.splitlines()[3].split()[-1] == "-"

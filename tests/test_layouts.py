@@ -3,10 +3,11 @@
 import json
 import pathlib
 import random
+from unittest import mock
 
 import gdown
 import pytest
-from conftest import draw, refuses
+from conftest import refuses
 
 import data
 from harness import folders, layouts
@@ -17,11 +18,6 @@ def touch(folder, paths):
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).touch()
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 # Each makes a tree and returns what CoOp reads of it: class -> (label, name, paths), in the order of the lists.
@@ -38,10 +34,8 @@ def class_folders(images, names, files):
 
 def caltech101(folder):
     images, files = folder / "101_ObjectCategories", [f"image_{i:04d}.jpg" for i in range(1, 11)]
-    class_folders(images, {"BACKGROUND_Google": "", "Faces_easy": ""}, files)
-    lists = class_folders(images, {"Faces": "face", "Leopards": "leopard", "ant": "ant"}, files)
-    (images / "ant" / ".DS_Store").touch()
-    return lists
+    touch(images, ["BACKGROUND_Google/a.jpg", "Faces_easy/a.jpg", "ant/.DS_Store"])
+    return class_folders(images, {"Faces": "face", "Leopards": "leopard", "ant": "ant"}, files)
 
 
 def eurosat(folder):
@@ -58,11 +52,10 @@ def coops_split(images, file):
     """For a dataset that needs CoOp's split file: a function that makes the tree of such a file."""
 
     def make(folder):
-        lists, names = {}, list(enumerate(("alpine sea", "b_c", "Zebra")))
+        lists = {}
         for part in ("train", "val", "test"):
-            paths = [[f"{part}/{name}_{number}.jpg" for number in range(7)] for _, name in names]
-            lists[part] = [(label, name, found) for (label, name), found in zip(names, paths)]
-            touch(folder / images, sum(paths, []))
+            names = {f"{part}/{name}": name for name in ("alpine sea", "b_c", "Zebra")}
+            lists[part] = class_folders(folder / images, names, [f"{number}.jpg" for number in range(7)])["all"]
         (folder / file).write_text(json.dumps({part: items(groups) for part, groups in lists.items()}))
         return lists
 
@@ -71,38 +64,39 @@ def coops_split(images, file):
 
 def fgvc_aircraft(folder):
     names, lists = ["707-320", "Boeing 717", "DHC-8-100"], {}
-    write_lines(folder / "variants.txt", names)
     for number, part in enumerate(("train", "val", "test")):
-        groups = [(label, name, [f"{number}{label}{i}.jpg" for i in range(5)]) for label, name in enumerate(names)]
-        rows = [f"{path[:-4]} {name}" for _, name, paths in groups for path in paths]
-        write_lines(folder / f"images_variant_{part}.txt", rows)
-        touch(folder / "images", [path for _, _, paths in groups for path in paths])
-        lists[part] = groups
+        lists[part] = [(label, name, [f"{number}{label}{i}.jpg" for i in range(5)]) for label, name in enumerate(names)]
+        rows = items(lists[part])
+        touch(folder / "images", [path for path, _, _ in rows])
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(f"{path[:-4]} {name}" for path, _, name in rows))
+    (folder / "variants.txt").write_text("\n".join(names))
     return lists
 
 
 def imagenet(folder):
     names = {"n01440764": "tench", "n01443537": "goldfish", "n01484850": "great white shark"}
-    write_lines(folder / "classnames.txt", [f"{wnid} {name}" for wnid, name in names.items()])
     lists = {"val": []}
-    for part, images in (("train", "train"), ("test", "val")):
-        groups = class_folders(folder / "images" / images, names, [f"{{}}_{i}.JPEG" for i in range(1, 9)])["all"]
-        lists[part] = [(label, name, [f"{images}/{path}" for path in paths]) for label, name, paths in groups]
+    for part, place in (("train", "train"), ("test", "val")):
+        of_place = {f"{place}/{wnid}": name for wnid, name in names.items()}
+        lists[part] = class_folders(folder / "images", of_place, [f"{i}.JPEG" for i in range(1, 9)])["all"]
+    (folder / "classnames.txt").write_text("\n".join(map(" ".join, names.items())))
     return lists
 
 
+PLAIN = "a photo of a {}."
+OF_TYPE = "a photo of a {{}}, a type of {}."
 TREES = {
-    "imagenet": ("imagenet", imagenet),
-    "caltech101": ("caltech-101", caltech101),
-    "oxford_pets": ("oxford_pets", coops_split("images", "split_zhou_OxfordPets.json")),
-    "stanford_cars": ("stanford_cars", coops_split(".", "split_zhou_StanfordCars.json")),
-    "oxford_flowers": ("oxford_flowers", coops_split("jpg", "split_zhou_OxfordFlowers.json")),
-    "food101": ("food-101", plain_folders),
-    "fgvc_aircraft": ("fgvc_aircraft", fgvc_aircraft),
-    "sun397": ("sun397", coops_split("SUN397", "split_zhou_SUN397.json")),
-    "dtd": ("dtd", plain_folders),
-    "eurosat": ("eurosat", eurosat),
-    "ucf101": ("ucf101", coops_split("UCF-101-midframes", "split_zhou_UCF101.json")),
+    "imagenet": ("imagenet", imagenet, PLAIN),
+    "caltech101": ("caltech-101", caltech101, PLAIN),
+    "oxford_pets": ("oxford_pets", coops_split("images", "split_zhou_OxfordPets.json"), OF_TYPE.format("pet")),
+    "stanford_cars": ("stanford_cars", coops_split(".", "split_zhou_StanfordCars.json"), PLAIN),
+    "oxford_flowers": ("oxford_flowers", coops_split("jpg", "split_zhou_OxfordFlowers.json"), OF_TYPE.format("flower")),
+    "food101": ("food-101", plain_folders, "a photo of {}, a type of food."),
+    "fgvc_aircraft": ("fgvc_aircraft", fgvc_aircraft, OF_TYPE.format("aircraft")),
+    "sun397": ("sun397", coops_split("SUN397", "split_zhou_SUN397.json"), PLAIN),
+    "dtd": ("dtd", plain_folders, "{} texture."),
+    "eurosat": ("eurosat", eurosat, "a centered satellite photo of {}."),
+    "ucf101": ("ucf101", coops_split("UCF-101-midframes", "split_zhou_UCF101.json"), "a photo of a person doing {}."),
 }
 BY_RULE = {
     "caltech101": "split_zhou_Caltech101.json",
@@ -137,11 +131,12 @@ def by_coops_rule(lists):
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
-def test_lists_draws_and_halves_are_coops(name, tmp_path, capsys):
-    folder, make = TREES[name]
+def test_lists_draws_and_halves_are_coops(name, tmp_path, command, capsys):
+    folder, make, template = TREES[name]
+    refuses(command(f"data.py {name} --root", tmp_path), "get ", "http", tmp_path / folder)
     lists = make(tmp_path / folder)
     source, expected = folders.open_dataset(name, tmp_path), by_coops_rule(lists)
-    assert as_lists(source.split) == expected and source.read.plain
+    assert as_lists(source.split) == expected and source.read.plain and source.template == template
     assert all((source.image_folder / path).is_file() for part in expected.values() for path, _, _ in part)
     assert (f"no {BY_RULE.get(name)}" in capsys.readouterr().err) == (name in BY_RULE)
     if name in BY_RULE:  # with CoOp's own split file in place, that one
@@ -165,48 +160,13 @@ def test_lists_draws_and_halves_are_coops(name, tmp_path, capsys):
         assert task.tests["new"].items == [[path, 0, name] for path, label, name in expected["test"] if label == 2]
 
 
-def test_templates():
-    templates = {name: layout.template for name, layout in layouts.LAYOUTS.items()}
-    own = {
-        "oxford_pets": "a photo of a {}, a type of pet.",
-        "oxford_flowers": "a photo of a {}, a type of flower.",
-        "food101": "a photo of {}, a type of food.",
-        "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-        "dtd": "{} texture.",
-        "eurosat": "a centered satellite photo of {}.",
-        "ucf101": "a photo of a person doing {}.",
-    }
-    assert templates == {**dict.fromkeys(TREES, "a photo of a {}."), **own} and list(templates) == list(TREES)
-
-
-@pytest.mark.parametrize("name", layouts.LAYOUTS)
-def test_what_is_missing_is_one_sentence(name, tmp_path, command):
-    refuses(command(f"data.py {name} --root", tmp_path), "get ", "http", tmp_path / TREES[name][0])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "name, file, content", [("fgvc_aircraft", "variants.txt", b"\xff"), ("imagenet", "classnames.txt", b"n01440764\n")]
-)
-def test_broken_lists_are_one_sentence(name, file, content, tmp_path, command):
-    folder, make = TREES[name]
-    make(tmp_path / folder)
-    (tmp_path / folder / file).write_bytes(content)
-    refuses(command(f"data.py {name} --root", tmp_path), "cannot be read", tmp_path / folder)
-
-
 # Downloads ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["dtd", "ucf101", "stanford_cars"])
 def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, command):
     """What cannot be downloaded says what to get, from where, into which folder."""
-
-    def broken(root=None, download=True, **_):
-        if root is not None:
-            draw(pathlib.Path(root) / "dtd" / "dtd" / "images" / "banded" / "1.jpg")
-        raise ConnectionResetError("the line is dead")
-
+    broken = mock.Mock(side_effect=ConnectionResetError("the line is dead"))
     monkeypatch.setattr(layouts.datasets, "DTD", broken)
     monkeypatch.setattr(gdown, "download", broken)
     found = command(f"data.py {name} --download --root", tmp_path)
