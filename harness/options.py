@@ -163,11 +163,8 @@ class Config(Settings):
     versions: dict[str, str | None]
 
 
-FIELDS = {  # of every setting: its type, its `Meta` of help and marks
-    name: (kind.__origin__, kind.__metadata__[-1])
-    for name, kind in typing.get_type_hints(Settings, include_extras=True).items()
-}
-MACHINE_SETTINGS = {name for name, (_, about) in FIELDS.items() if MACHINE in about.extra["marks"]}
+FIELDS = typing.get_type_hints(Settings, include_extras=True)  # {name: type, with its help and marks}
+MACHINE_SETTINGS = {name for name, kind in FIELDS.items() if MACHINE in kind.__metadata__[-1].extra["marks"]}
 
 
 def typed(settings):
@@ -209,8 +206,9 @@ def parser(description=None, everything=True, choices=None):
     """
     found = Parser("run.py", description)
     found.add_argument("--help-all", action="store_true", help="show all options, and exit")
-    for name, (kind, about) in FIELDS.items():
-        default, several = getattr(DEFAULTS, name), typing.get_origin(kind) is tuple
+    for name, annotated in FIELDS.items():
+        kind, about, default = annotated.__origin__, annotated.__metadata__[-1], getattr(DEFAULTS, name)
+        several = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if several else kind  # of each value
         text = about.description.replace("%", "%%")
         if default not in (None, False, (), ("all",)):
@@ -226,7 +224,7 @@ def parser(description=None, everything=True, choices=None):
             elif literals:
                 how["choices"] = typing.get_args(literals[0])
             else:
-                how["type"] = checked(kind)
+                how["type"] = checked(kind if several else annotated)
         found.add_argument(dashed(name), **how)
     return found
 

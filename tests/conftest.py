@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import sys
@@ -93,6 +94,11 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
+def table(out):
+    """The rows of the printed table, and the lines under it: lists of words."""
+    return [line.split() for line in out.splitlines() if re.match("zero-shot|CoOp|MaPLe|PromptSRC|All", line)]
+
+
 def succeeds(found):
     """What a command printed and left, without its exit code, which must be 0: (stdout, stderr, ...)."""
     assert found[0] == 0, found[2]
@@ -116,7 +122,6 @@ def photos(tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("a\nb\n")
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     (tmp_path / "broken.png").write_bytes(b"no PNG")
-    (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     header = {"mao": json.dumps({"backbone": "coop", "settings": {}, "clip": "demo", "clip_sha256": DEMO_SHA256})}
     safetensors.torch.save_file({"ctx": torch.zeros(4, 128)}, "run/new.safetensors", header)

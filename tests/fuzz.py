@@ -41,8 +41,7 @@ NASTY = [
     "coop", "NaN",
 ]  # fmt: skip
 TOKENS = ["NaN", "Infinity", "1e999", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud800"', "\x00", "﻿", "null"]
-WORDS = ["", "0", "-5", "9" * 30, "1.5", "x", "/", "a/b/c", "NaN"]
-LINES = ["", "x", "x y z w", "-1", "\x1b[2J", "a\tb", "é" * 300, "../x 1 1"]
+WORDS = ["", "0", "-5", "9" * 30, "1.5", "x", "/", "a/b/c", "NaN", "x y z w", "\x1b[2J", "a\tb", "é" * 300, "../x 1 1"]
 NAMES = ("ant", "bee", "cow", "dog")
 
 # Mutations: of a file's bytes, with a random.Random -------------------------------------------------------------------
@@ -102,7 +101,7 @@ def mutate_lines(content, rng):
         at = rng.randrange(len(lines))
         words = lines[at].split(" ")
         words[rng.randrange(len(words))] = rng.choice(WORDS)
-        changed = [[rng.choice(LINES), lines[at]], [], [lines[at]] * 2, [" ".join(words)], [" ".join(words)]]
+        changed = [[rng.choice(WORDS), lines[at]], [], [lines[at]] * 2, [" ".join(words)], [" ".join(words)]]
         lines[at : at + 1] = rng.choice(changed)
         lines = lines or [""]
     return "\n".join(lines).encode()

@@ -58,25 +58,22 @@ def start(arguments, out, dies=None):
 
 def die_in_save(number, where):
     """From now on, this process kills itself in its save `number`, from 1. where: "half", "written" or "renamed"."""
-    saves, now, replace, write = itertools.count(1), [0], os.replace, runs.atomic_write
-
-    def die(at):
-        if now[0] == number and where == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying_write(path, content):
-        now[0] = next(saves)
-        if now[0] == number and where == "half":
-            path.with_name(f".{path.name}.part").write_bytes(b"{" + os.urandom(len(content) // 2))
-        die("half")
-        write(path, content)
+    saves, replace, write = itertools.count(1), os.replace, runs.atomic_write
 
     def dying_replace(source, target):
-        die("written")
-        replace(source, target)
-        die("renamed")
+        if where == "renamed":
+            replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.atomic_write, os.replace = dying_write, dying_replace
+    def dying_write(path, content):
+        if next(saves) == number:
+            os.replace = dying_replace
+            if where == "half":
+                path.with_name(f".{path.name}.part").write_bytes(b"{" + os.urandom(len(content) // 2))
+                os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    runs.atomic_write = dying_write
 
 
 def left_behind(process, out):

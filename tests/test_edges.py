@@ -13,7 +13,6 @@ from conftest import PROJECT, draw, refuses, succeeds
 
 from harness import cli, images
 
-TUNE = "run.py --method zeroshot"
 PREDICT = "predict.py --workers 0 --prompt run/new.safetensors --classes names.txt"
 PRINT = "from harness.cli import run_main; run_main('x.py', lambda: print('line\\n' * 100_000))"
 
@@ -74,8 +73,8 @@ def test_text_of_other_people(photos, command):
     assert all(line.count("\t") == 2 for line in out.splitlines())
 
 
-@pytest.mark.parametrize("line, file", [(f"{PREDICT} --out runs.csv 1.png", "runs.csv"), (TUNE, "config.json")])
-def test_a_full_disk(line, file, photos, command):
+@pytest.mark.parametrize("line", [f"{PREDICT} --out runs.csv 1.png", "run.py --method zeroshot"])
+def test_a_full_disk(line, photos, command):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # no file grows beyond 10 bytes
@@ -83,5 +82,5 @@ def test_a_full_disk(line, file, photos, command):
         found = command(line)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    refuses(found, f"{file} (File too large): make room there")
+    refuses(found, "cannot write", "runs", " (File too large): make room there")
     assert not [path for path in photos.rglob("*") if path.is_file() and "runs" in str(path.relative_to(photos))]

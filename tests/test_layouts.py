@@ -48,7 +48,7 @@ def plain_folders(folder):
     return class_folders(folder / "images", names, [f"{{}}_{i:04d}.jpg" for i in range(10, 23)])
 
 
-def coops_split(images, file):
+def coops_split(images, split):
     """For a dataset that needs CoOp's split file: a function that makes the tree of such a file."""
 
     def make(folder):
@@ -56,7 +56,9 @@ def coops_split(images, file):
         for part in ("train", "val", "test"):
             names = {f"{part}/{name}": name for name in ("alpine sea", "b_c", "Zebra")}
             lists[part] = class_folders(folder / images, names, [f"{number}.jpg" for number in range(7)])["all"]
-        (folder / file).write_text(json.dumps({part: items(groups) for part, groups in lists.items()}))
+        (folder / f"split_zhou_{split}.json").write_text(
+            json.dumps({part: items(groups) for part, groups in lists.items()})
+        )
         return lists
 
     return make
@@ -88,30 +90,21 @@ OF_TYPE = "a photo of a {{}}, a type of {}."
 TREES = {
     "imagenet": ("imagenet", imagenet, PLAIN),
     "caltech101": ("caltech-101", caltech101, PLAIN),
-    "oxford_pets": ("oxford_pets", coops_split("images", "split_zhou_OxfordPets.json"), OF_TYPE.format("pet")),
-    "stanford_cars": ("stanford_cars", coops_split(".", "split_zhou_StanfordCars.json"), PLAIN),
-    "oxford_flowers": ("oxford_flowers", coops_split("jpg", "split_zhou_OxfordFlowers.json"), OF_TYPE.format("flower")),
+    "oxford_pets": ("oxford_pets", coops_split("images", "OxfordPets"), OF_TYPE.format("pet")),
+    "stanford_cars": ("stanford_cars", coops_split(".", "StanfordCars"), PLAIN),
+    "oxford_flowers": ("oxford_flowers", coops_split("jpg", "OxfordFlowers"), OF_TYPE.format("flower")),
     "food101": ("food-101", plain_folders, "a photo of {}, a type of food."),
     "fgvc_aircraft": ("fgvc_aircraft", fgvc_aircraft, OF_TYPE.format("aircraft")),
-    "sun397": ("sun397", coops_split("SUN397", "split_zhou_SUN397.json"), PLAIN),
+    "sun397": ("sun397", coops_split("SUN397", "SUN397"), PLAIN),
     "dtd": ("dtd", plain_folders, "{} texture."),
     "eurosat": ("eurosat", eurosat, "a centered satellite photo of {}."),
-    "ucf101": ("ucf101", coops_split("UCF-101-midframes", "split_zhou_UCF101.json"), "a photo of a person doing {}."),
+    "ucf101": ("ucf101", coops_split("UCF-101-midframes", "UCF101"), "a photo of a person doing {}."),
 }
-BY_RULE = {
-    "caltech101": "split_zhou_Caltech101.json",
-    "food101": "split_zhou_Food101.json",
-    "dtd": "split_zhou_DescribableTextures.json",
-    "eurosat": "split_zhou_EuroSAT.json",
-}
+BY_RULE = {"caltech101": "Caltech101", "food101": "Food101", "dtd": "DescribableTextures", "eurosat": "EuroSAT"}
 
 
 def items(groups):
     return [[path, label, name] for label, name, paths in groups for path in paths]
-
-
-def as_lists(found):
-    return json.loads(json.dumps(found))
 
 
 def by_coops_rule(lists):
@@ -136,14 +129,15 @@ def test_lists_draws_and_halves_are_coops(name, tmp_path, command, capsys):
     refuses(command(f"data.py {name} --root", tmp_path), "get ", "http", tmp_path / folder)
     lists = make(tmp_path / folder)
     source, expected = folders.open_dataset(name, tmp_path), by_coops_rule(lists)
-    assert as_lists(source.split) == expected and source.read.plain and source.template == template
+    assert json.dumps(source.split) == json.dumps(expected) and source.read.plain and source.template == template
     assert all((source.image_folder / path).is_file() for part in expected.values() for path, _, _ in part)
-    assert (f"no {BY_RULE.get(name)}" in capsys.readouterr().err) == (name in BY_RULE)
+    file = f"split_zhou_{BY_RULE.get(name)}.json"
+    assert (f"no {file}" in capsys.readouterr().err) == (name in BY_RULE)
     if name in BY_RULE:  # with CoOp's own split file in place, that one
         expected = {part: found[1:] if part != "test" else found for part, found in expected.items()}
-        (tmp_path / folder / BY_RULE[name]).write_text(json.dumps(expected))
+        (tmp_path / folder / file).write_text(json.dumps(expected))
         source = folders.open_dataset(name, tmp_path)
-        assert as_lists(source.split) == expected and capsys.readouterr().err == ""
+        assert json.dumps(source.split) == json.dumps(expected) and capsys.readouterr().err == ""
     names = [name for _, name, _ in next(iter(lists.values())) or lists["train"]]
     for seed in (1, 2, 3):
         random.seed(seed)
@@ -152,7 +146,7 @@ def test_lists_draws_and_halves_are_coops(name, tmp_path, command, capsys):
             for label in dict.fromkeys(label for _, label, _ in expected[part]):
                 of_label = [item for item in expected[part] if item[1] == label]
                 drawn[part] += random.sample(of_label, 2) if len(of_label) >= 2 else of_label
-        assert as_lists(data.few_shot(source.split, 2, seed)) == drawn
+        assert json.dumps(data.few_shot(source.split, 2, seed)) == json.dumps(drawn)
         task = data.base_to_new_task(source, 2, 2, seed)
         assert (task.base_names, task.new_names) == (names[:2], names[2:3])
         assert task.base_train == [item for item in drawn["train"] if item[1] < 2]
@@ -193,4 +187,4 @@ def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
         source, err = folders.open_dataset("dtd", tmp_path, download=True), capsys.readouterr().err
         assert len(source.split["train"]) == count and ("Too many users" in err) == refused
         assert err.count("\n") == 2 * refused
-    assert sorted(map(str, tmp_path.glob("*/*"))) == [f"{tmp_path}/dtd/images", f"{tmp_path}/dtd/{BY_RULE['dtd']}"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["images", "split_zhou_DescribableTextures.json"]

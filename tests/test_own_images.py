@@ -2,13 +2,14 @@
 
 import csv
 import json
+import re
 import shutil
 from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, draw, lines, read, refuses, succeeds
+from conftest import SMALL, draw, lines, read, refuses, succeeds, table
 
 import data
 from backbones import ZeroShot
@@ -72,7 +73,6 @@ def test_names_that_are_the_same_to_clip_are_warned_about(twin, own, capsys):
     assert f"'{twin}'" in capsys.readouterr().err
     one, other = [name for name in names if folders.as_clip_reads(name) == folders.as_clip_reads(twin)]
     assert torch.equal(*clip.tokenize([one.replace("_", " "), other.replace("_", " ")]))
-    assert len(set(map(folders.as_clip_reads, names))) == 3
 
 
 def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
@@ -86,8 +86,11 @@ def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
     out, _ = succeeds(command(*ask, "--names", names, "--template", "a {} in Bonn."))
     (run,) = (tmp_path / "runs").iterdir()
     assert read(run, "config")["classnames"] == ["red door", "blue door"]
+    draw(own / "old_gate" / "A.png")  # the run keeps its lists: a new image is not scored
     again, _ = succeeds(command("run.py --eval", run))
-    assert again.splitlines()[3].split() == out.splitlines()[3].split()
+    assert table(again) == table(out)
+    (own / read(run, "lists")["split"]["test"][0][0]).unlink()
+    refuses(command("run.py --eval", run), "test images are missing")
     for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n", "a,x\nb, \n", "Red Door,red door\n"):
         names.write_text(text)
         refuses(command(*ask, "--names", names), "--names ")
@@ -108,14 +111,13 @@ def test_new_classes_without_labels(own, command, tmp_path):
     ask = [f"run.py --dataset folder {SMALL} --root", own, "--unlabeled", tmp_path / "new", "--new-classes"]
     ask += [tmp_path / "names.txt", "--out", tmp_path / "runs", "--method", "mao"]
     out, _ = succeeds(command(*ask, "zeroshot"))
-    table = [line.split() for line in out.splitlines()[2:5]]
-    assert table[0][:3] == ["Base", "New", "H"] and all(row.count("-") >= 2 for row in table[1:])
+    assert len(table(out)) == 2 and all(row.count("-") >= 2 for row in table(out))
     (folder,) = (tmp_path / "runs").glob("folder-coop-mao*")
     assert read(folder, "result")["new"] is None and read(folder, "result")["h"] is None
     assert [line["phase"] for line in lines(folder)] == ["base"] * 2 + ["new"] * 2
     assert lines(folder)[-1]["candidates"] == 2 and "pseudo_label_accuracy" not in lines(folder)[-1]
     again, _ = succeeds(command("run.py --eval", folder))
-    assert again.splitlines()[3].split() == table[1]
+    assert table(again) == table(out)[:1]
 
     for name in ("Fene\u0302tre", "DACH_und First"):
         draw(tmp_path / "labeled" / name / "1.png", 7)
@@ -150,23 +152,18 @@ TUNE = "run.py --clip demo --dataset folder --out runs"
 NEW = f"{TUNE} --root own --unlabeled new --new-classes names.txt"
 PREDICT = "predict.py --prompt run/new.safetensors --classes names.txt --out x.csv"
 WRONG = {
-    f"{TUNE} --root nowhere": "nowhere is not a folder",
     f"{TUNE} --root own/old_gate": "holds no class folders",
     f"{TUNE} --root two": "2 classes are too few",
     f"{TUNE} --root one": "'Red Door' has no training image",
     f"{TUNE} --root own --unlabeled new": "belong together",
-    f"{TUNE} --root own --new-classes names.txt": "belong together",
     f"{NEW} --unlabeled nowhere": "nowhere is not a folder",
-    f"{NEW} --unlabeled empty": "empty holds no images",
     f"{NEW} --new-classes nowhere": "cannot read",
     f"{NEW} --new-classes twice.txt": "'a' twice",
     f"{NEW} --new-test own": "that names.txt does not name",
     f"{NEW} --unlabeled-shots 1": "--unlabeled-shots has no effect with --unlabeled",
-    f"{NEW} --protocol few-shot": "has no effect with --protocol few-shot",
     "run.py --method zeroshot --out names.txt": "names.txt (File exists)",
     f"{PREDICT} 1.png --prompt nowhere": "nowhere is missing",
     f"{PREDICT} 1.png --prompt names.txt": "names.txt is not a file of prompts",
-    f"{PREDICT} 1.png --prompt run": "run ",
     f"{PREDICT} 1.png --clip names.txt": "is not a CLIP checkpoint",
     f"{PREDICT} nowhere": "there is no image or folder nowhere",
     f"{PREDICT} broken.png": "cannot read the image broken.png",
@@ -220,17 +217,15 @@ def test_cross_dataset(command, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TEST", 2)  # images per class; 20 take long
     ask = "run.py --dataset demo-ice --protocol cross-dataset --shots 1 --anchors 10 --top-k 2 --method zeroshot mao"
     out, _ = succeeds(command(f"{ask} --targets demo-gold demo-plain --out", tmp_path))
-    table = [line.split() for line in out.splitlines()[2:5]]
-    assert table[0][:4] == ["demo-ice", "demo-gold", "demo-plain", "Average"]
-    zero_shot, mao = (next(tmp_path.glob(f"demo-ice-coop-{method}-*")) for method in ("zeroshot", "mao"))
-    for folder in (zero_shot, mao):
-        found = read(folder, "result")
-        assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2
+    assert re.search("demo-ice +demo-gold +demo-plain +Average", out)
+    (mao,) = tmp_path.glob("demo-ice-coop-mao-*")
+    found = read(mao, "result")
+    assert found["average"] == (found["demo-gold"] + found["demo-plain"]) / 2
     assert (read(mao, "config")["base"]["lr"], read(mao, "config")["new"]) == (0.0035, None)
     assert [line["phase"] for line in lines(mao)] == ["base"] * 5
     assert mao.name.startswith("demo-ice-coop-mao-seed1-protocol-cross-dataset-targets-demo-gold-demo-plain-shots1")
     again, _ = succeeds(command("run.py --eval", mao))
-    assert again.splitlines()[3].split() == table[2]
+    assert table(again) == table(out)[1:]
     task = data.open_task(options.Settings(dataset="demo-ice", protocol="cross-dataset"))
     assert len(task.tests) == 11 and len(task.base_names) == 100 and "demo-sepia" in task.tests
 
@@ -238,7 +233,7 @@ def test_cross_dataset(command, tmp_path, monkeypatch):
 def test_few_shot(tune):
     """All classes, train and test: one accuracy, MAO by its base phase."""
     out, _, folder = succeeds(tune("--protocol few-shot --method mao"))
-    assert out.splitlines()[2].split() == ["Accuracy", "learnable", "seconds", "peak", "memory"] and "single" not in out
+    assert re.search("Accuracy +learnable", out) and "single" not in out
     (mao,) = folder.iterdir()
     assert not (mao / "new.safetensors").exists() and [line["phase"] for line in lines(mao)] == ["base"] * 2
     assert read(mao, "config")["top_k"] == 5  # of 10 classes, all of them base
