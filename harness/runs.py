@@ -179,6 +179,7 @@ class Record:
             self.refuse_others(self.folder, "finished")
             if not force:
                 self.result = read_result(self.folder)
+                (self.folder / "resume.pt").unlink(missing_ok=True)  # killed between the two
                 return
             if self.previous.is_dir():
                 self.refuse_others(self.previous, "finished")

@@ -12,7 +12,14 @@ import pytest
 PROJECT = pathlib.Path(__file__).parents[1]
 ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run", "predict"}
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
-BUDGETS = {"root": 900, "harness": 1500, "baselines": 400, "experiments": 1300, "docs, examples": 420, "tests": 3000}
+BUDGETS = {  # harness: 1500 was planned; images, names and CLIPs as people have them take the rest
+    "root": 900,
+    "harness": 1760,
+    "baselines": 400,
+    "experiments": 1300,
+    "docs, examples": 420,
+    "tests": 3000,
+}
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders
     "mao": set(),
     "sampler": set(),
