@@ -175,19 +175,6 @@ def open_task(args, kept=None):
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def show(name, source, items, base, new):
-    """Prints what a run would see. items: {"base", "new", "test"}. base, new: the labels of the halves."""
-    names = folders.class_names(source)
-    print(printable(f"{name}: {len(names)} classes, '{source.template}'"))
-    print(printable(f"images: {source.image_folder or 'drawn by harness/demo.py'}"))
-    for half, labels, how in (("base", base, "few-shot"), ("new", new, "few-shot (unlabeled)")):
-        tests = select(items["test"], labels)
-        told = f"{len(labels)} classes, {len(items[half])} {how} and {len(tests)} test images"
-        print(printable(f"{half}: {told}: {', '.join(names[label] for label in labels)}"))
-    anchors, top_k = paper_batch(len(base))
-    print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
-
-
 def main(arguments=None):
     """The command line of data.py."""
     parser = Parser("data.py", __doc__)
@@ -211,11 +198,15 @@ def main(arguments=None):
     items = few_shot(source.split, args.shots, args.seed)
     items["base"], items["new"] = select(items["train"], base), select(items["train"], new)
     items["test"] = source.split["test"]
-    if args.list is None:
-        show(args.name, source, items, base, new)
-    else:
+    if args.list is not None:
         for path, label, name in items[args.list]:
             print(printable(path), label, printable(name), sep="\t")
+        return
+    images = source.image_folder or "drawn by harness/demo.py"
+    print(printable(f"{args.name}: {len(base + new)} classes, '{source.template}', images: {images}"))
+    print(folders.describe(base_to_new_task(source, args.shots, args.shots, args.seed)))
+    anchors, top_k = paper_batch(len(base))
+    print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
 
 
 if __name__ == "__main__":

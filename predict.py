@@ -28,6 +28,7 @@ from harness.files import open_atomic, wrap_os_errors
 from harness.folders import read_names
 from harness.options import Parser, Workers, checked
 from harness.scores import check_finite, scorer
+from harness.tuning import choose_device
 
 
 def load_learner(prompt, classnames, clip=None, device="cpu"):
@@ -39,9 +40,8 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     clip_model, sha256 = load_clip_of(asdict(header), device, clip)
     state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
     tuned_on = header.classnames or classnames  # an older file does not name them
-    learner = runs.build_learner(
-        BACKBONES | BASELINES, header.backbone, header.settings, clip_model, tuned_on, state, where
-    )
+    about = header.backbone, header.settings, clip_model, tuned_on, state, where
+    learner = runs.build_learner(BACKBONES | BASELINES, *about)
     with torch.no_grad():
         learner.set_classes(classnames)
     return learner, asdict(header)
@@ -120,8 +120,6 @@ def parse(arguments=None):
         raise ValueError("nothing to do: give an image or a folder, or --export FILE")
     if args.images is not None and not args.images.exists():
         raise FileNotFoundError(f"there is no image or folder {args.images}: give one")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     written = {"--out": args.out, "--export": args.export}
     named = {"--prompt": args.prompt, "--classes": args.classes, "the image": args.images, **written}
     for option, path in written.items():
@@ -137,7 +135,7 @@ def main(arguments=None):
     """Exports the classifier, predicts, or both. Returns what `classify` does."""
     args = parse(arguments)
     onnx = args.export is not None and args.export.suffix == ".onnx"  # an ONNX file is for any device
-    device = "cpu" if onnx else args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("cpu" if onnx else args.device)
     classes = read_names(args.classes)
     learner, header = load_learner(args.prompt, classes, args.clip, device)
     if args.export is not None:

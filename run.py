@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import copy
 import math
 import pathlib
+import sys
 
 import torch
 from msgspec.structs import asdict, replace
@@ -25,7 +26,7 @@ from msgspec.structs import asdict, replace
 from backbones import BACKBONES, Learner, ZeroShot
 from baselines import BASELINES, labelers, samplers
 from data import open_task
-from harness import runs, scores
+from harness import folders, runs, scores
 from harness.cli import printable, run_main, warn
 from harness.clips import load_clip_of
 from harness.images import ShuffledBatches
@@ -40,6 +41,7 @@ from sampler import HardNegativeSampler
 def hard_negatives(learner, task, args):
     """The paper's (Eq. 4): b anchors, each with images of the K - 1 classes whose names are nearest to its own."""
     labels = [label for _, label, _ in task.base_train]
+    print("MiniLM embeds the names of the base classes ...", file=sys.stderr, flush=True)  # loading it takes seconds
     return HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
 
 
@@ -85,8 +87,8 @@ def tune(learner, task, args, record):
     if record.state is None or record.state["phase"] == "base":
         base_phase(learner, task, args, record)
     else:  # --resume of a run that was stopped in the new phase: these are for states["base"], it restores the rest
-        prompts = record.folder / "base.safetensors"
-        learner.load_state_dict(runs.read_prompts(prompts, args.backbone, args.clip_sha256))
+        state = runs.read_prompts(record.folder / "base.safetensors", args.backbone, args.clip_sha256)
+        learner.load_state_dict(state)
     states = {"base": copy.deepcopy(learner.state_dict())}  # these score the base classes
     if args.new is not None:
         new_phase(learner, task, args, record)
@@ -179,6 +181,8 @@ def main(arguments=None):
     options.check_learner(typed, learner_class)
     args = machine_defaults(typed)
     task = open_task(args)
+    if args.dataset == "folder":
+        print(f"{folders.describe(task)}\n--protocol few-shot tunes and tests on all classes instead", file=sys.stderr)
     clip_model, sha256 = load_clip_of(asdict(args), args.device)
     args = fill_defaults(args, task, learner_class)
     zero_shot = ZeroShot(clip_model, task.base_names)
@@ -186,11 +190,12 @@ def main(arguments=None):
     check_names(learner_class(clip_model, task.base_names, **options.learner_settings(args, learner_class)), task)
 
     rows = []
-    for method in args.method:
+    for number, method in enumerate(args.method, 1):
+        title = f"[{number}/{len(args.method)}] {scores.row_name(method, learner_class.__name__)}"
         config = runs.row_settings(args, method, learner_class, task, sha256)
         folder = pathlib.Path(args.out) / runs.folder_name(typed, method)
         with runs.run_lock(folder):
-            record = runs.Record(folder, config, args.resume, args.force)
+            record = runs.Record(folder, config, title, args.resume, args.force)
             if record.result:
                 warn(f"{folder} is there already: its scores are shown; --force tunes it again")
             else:
@@ -203,7 +208,7 @@ def main(arguments=None):
                 record.finish(scores.score(learner, states, task, tests), learner)
             rows.append((method, record.result))
     scores.print_table(args, rows, learner_class.__name__)
-    print(printable(f"The last row's prompts and scores are in {folder}, the others' beside it."))
+    print(printable(f"Prompts and scores are in {args.out}/. Next: python -m experiments.figures run {folder}"))
 
 
 def check_names(learner, task):

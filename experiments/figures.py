@@ -56,6 +56,62 @@ def save(figure, path):
     figure.savefig(path, facecolor="white")
 
 
+# The method -----------------------------------------------------------------------------------------------------------
+
+DATA, FROZEN, LEARNED, LOSS = "#f2f2f2", "#cfe0f1", "#f7d8a8", "#ffffff"  # fills of boxes
+STEPS = {  # of a phase, from left to right: (text of a box, its fill)
+    "Base phase\nsection 3.2": [
+        ("16 images per base class,\nwith labels", DATA),
+        ("hard negatives: each image\nbrings the K - 1 classes with the\nmost similar names (Eq. 4)", DATA),
+        ("prompts (learned)\nin CLIP (frozen)", LEARNED),
+        ("cross-entropy over\nthe batch's classes\n(reg-B, Eq. 6)", LOSS),
+    ],
+    "New phase\nsection 3.3": [
+        ("16 images per new class,\nwithout labels", DATA),
+        ("zero-shot CLIP (frozen):\nits Top-1 is the label (Eq. 7)", FROZEN),
+        ("the same prompts, tuned\nfurther, in CLIP (frozen)", LEARNED),
+        ("cross-entropy over\nall new classes\n(reg-N, Eq. 8)", LOSS),
+    ],
+}
+RESULTS = ["prompts after phase 1\nscore the base classes:\nBase", "prompts after phase 2\nscore the new classes:\nNew"]
+
+
+def method_figure():
+    """The two phases: images and their labels, what is learned, the classes that the loss runs over, what scores."""
+    figure = new_figure(13, 3.75, 110, None)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 13), ylim=(0, 3.75))
+    axis.axis("off")
+    arrow = {"arrowstyle": "-|>", "color": "0.2", "shrinkA": 0, "shrinkB": 0}
+    lefts, width, height = (1.35, 3.75, 6.7, 9.05, 11.15), (2.0, 2.55, 1.95, 1.7, 1.75), 1.05
+
+    def box(column, bottom, text, fill):
+        style = {"boxstyle": "round,pad=0.02", "facecolor": fill, "edgecolor": "0.2", "zorder": 2}
+        middle = lefts[column] + width[column] / 2, bottom + height / 2
+        axis.add_patch(patch((lefts[column], bottom), width[column], height, **style))
+        axis.text(*middle, text, ha="center", va="center", fontsize=9.5, zorder=3)
+        return middle
+
+    from matplotlib.patches import FancyBboxPatch as patch
+
+    middles = []
+    for bottom, (phase, steps), result in zip((2.55, 0.75), STEPS.items(), RESULTS):
+        axis.text(0.12, bottom + height / 2, phase, va="center", fontsize=11, fontweight="bold")
+        for column, (text, fill) in enumerate([*steps, (result, LEARNED)]):
+            middles.append(box(column, bottom, text, fill))
+            if column:
+                start = lefts[column - 1] + width[column - 1], bottom + height / 2
+                axis.annotate("", (lefts[column], bottom + height / 2), start, arrowprops=arrow)
+    axis.annotate("", (middles[7][0], 1.82), (middles[2][0], 2.53), arrowprops=arrow)
+    axis.text(
+        middles[2][0] + 0.1, 2.17, "the new phase starts from these prompts", va="center", fontsize=9, color="0.3"
+    )
+    axis.text(middles[4][0], 2.17, "H: harmonic mean", ha="center", va="center", fontsize=9.5)
+    for left, fill, text in ((1.35, DATA, "images"), (3.0, FROZEN, "frozen"), (4.6, LEARNED, "learned")):
+        axis.add_patch(patch((left, 0.2), 0.28, 0.18, boxstyle="round,pad=0.02", facecolor=fill, edgecolor="0.2"))
+        axis.text(left + 0.42, 0.29, text, va="center", fontsize=9)
+    return figure
+
+
 # Batches: Figs. 5 and 6 -----------------------------------------------------------------------------------------------
 
 
@@ -306,7 +362,7 @@ def demo_figure():
 def main():
     """The command line of experiments/figures.py."""
     parser = options.Parser("experiments.figures", __doc__)
-    parser.add_argument("figure", choices=["batch", "demo", "run"])
+    parser.add_argument("figure", choices=["method", "batch", "demo", "run"])
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="for run: those of finished runs")
     parser.add_argument("--out", metavar="FILE", help="of batch and demo (default: assets/<figure>.png)")
     args = parser.parse_args()
@@ -318,7 +374,8 @@ def main():
                 save(curves([folder]), folder / "curves.png")
             save(confusion(folder), folder / "confusion.png")
     else:
-        figure = batch_of_images(f"demo-{DOMAIN}") if args.figure == "batch" else demo_figure()
+        draw = {"method": method_figure, "batch": lambda: batch_of_images(f"demo-{DOMAIN}"), "demo": demo_figure}
+        figure = draw[args.figure]()
         save(figure, pathlib.Path(args.out or f"assets/{args.figure}.png"))
 
 

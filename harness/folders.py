@@ -12,7 +12,7 @@ import pathlib
 from typing import NamedTuple
 
 from harness import demo
-from harness.cli import warn
+from harness.cli import printable, warn
 from harness.clips import clip
 from harness.files import decode, no_duplicate_keys, read_text
 from harness.images import FolderReader
@@ -251,3 +251,17 @@ def look_for_images(task):
         if missing:
             text = f"{len(missing)} of {len(test.items)} test images are missing, for example {folder / missing[0]}"
             raise FileNotFoundError(f"{text}: complete the folder, give another --root, or correct the split")
+
+
+def describe(task):
+    """What a run sees of its data, lines of text: of each half its images to tune and to test, and its classes.
+
+    task: a `data.Task`.
+    """
+    base, new = next(iter(task.tests.values())).items, task.tests["new"].items if "new" in task.tests else []
+    images = f"{len(task.base_train)} labeled images to tune, {len(base)} to test: {', '.join(task.base_names)}"
+    lines = [f"base: {len(task.base_names)} classes, {images}"]
+    if task.new_names:
+        images = f"{len(task.new_train)} unlabeled images to tune, {len(new)} to test: {', '.join(task.new_names)}"
+        lines.append(f"new: {len(task.new_names)} classes, {images}")
+    return "\n".join(map(printable, lines))

@@ -163,14 +163,15 @@ def run_lock(folder):
 class Record:
     """Writes the folder of one row, and measures its time and memory.
 
-    config: an `options.Config`. resume: continue a stopped run. force: tune again what is there; the finished run is
-    then kept as `<folder>.previous` until this one is finished too. `result` is what a finished run of these settings
-    left, a dict, or None. ValueError: the folder holds a run of other settings, even with force; or a stopped run, and
-    neither resume nor force is given.
+    config: an `options.Config`. title: of the row, for the progress. resume: continue a stopped run. force: tune again
+    what is there; the finished run is then kept as `<folder>.previous` until this one is finished too. `result` is what
+    a finished run of these settings left, a dict, or None. ValueError: the folder holds a run of other settings, even
+    with force; or a stopped run, and neither resume nor force is given.
     """
 
-    def __init__(self, folder, config, resume=False, force=False):
+    def __init__(self, folder, config, title="", resume=False, force=False):
         self.folder, self.config, self.metrics, self.seconds = pathlib.Path(folder), config, [], 0.0
+        self.title = title
         self.previous = self.folder.with_name(self.folder.name + ".previous")
         self.result = self.state = None
         restart_peak()
@@ -240,8 +241,12 @@ class Record:
             for name, value in state["carried"].items():
                 setattr(learner, name, value)
             torch.set_rng_state(state["random"])  # learners draw on the CPU alone
-        name = f"{self.config.method}, {phase} phase"
-        self.bar = tqdm(total=epochs * steps, initial=done * steps, desc=name, unit="batch")
+        config, batches = self.config, "labeled images" if phase == "base" else "pseudo-labeled images"
+        if phase == "base" and config.method == "mao" and not config.no_base:
+            batches = "hard negatives" if config.sampler == "hard" else config.sampler
+        number = f"phase {1 if phase == 'base' else 2} of {2 if config.new else 1}"
+        self.told = f"{self.title}, {number}: {batches}"
+        self.bar = tqdm(total=epochs * steps, initial=done * steps, desc=self.told, unit="batch", disable=None)
         self.losses, self.sizes, self.started = [], [], time.perf_counter()
         return range(done + 1, epochs + 1)
 
@@ -258,7 +263,10 @@ class Record:
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in learner.parameters()):
             kept = "nothing to keep yet" if epoch == 1 else f"epoch {epoch - 1}'s prompts are kept in {self.folder}"
             raise ValueError(f"the {phase} phase diverged in epoch {epoch}, its loss is {loss}: lower --lr; {kept}")
-        self.bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}")
+        told = f"{self.told}, epoch {epoch}/{getattr(self.config, phase).epochs}, loss {loss:.2f}"
+        self.bar.set_description(told)
+        if self.bar.disable:  # stderr is no terminal
+            print(told, file=sys.stderr, flush=True)
         self.save_prompts(phase, learner)
         seconds = time.perf_counter() - self.started
         sizes, lr = self.sizes or [0], optimizer.param_groups[0]["lr"]

@@ -28,10 +28,7 @@ def machine_defaults(args):
     """
     demo = args.dataset.startswith("demo")
     clip = args.clip or ("demo" if demo else "ViT-B/16")
-    gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not gpu:
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device, precision, workers = args.device or ("cuda" if gpu else "cpu"), args.precision, args.workers
+    device, precision, workers = choose_device(args.device), args.precision, args.workers
     if precision == "auto":
         precision = "fp32"
         if device == "cuda":
@@ -42,6 +39,14 @@ def machine_defaults(args):
     torch.set_num_threads(threads)
     print(f"precision: {precision} on the {'GPU' if device == 'cuda' else 'CPU'}", file=sys.stderr)
     return replace(args, clip=clip, device=device, precision=precision, workers=workers, threads=threads)
+
+
+def choose_device(device):
+    """The device that the user named; None: "cuda" where there is one. ValueError: there is no GPU."""
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    return device or ("cuda" if gpu else "cpu")
 
 
 def fill_defaults(args, task, learner):
