@@ -274,6 +274,7 @@ class PromptSRC(AllTextFeatures, PromptLearner):
         depth = prompt_depth(clip_model.transformer, depth)
         super().__init__(clip_model, classnames, n_ctx, "a photo of a" if n_ctx <= 4 else None)
         width, image_width = self.ctx.shape[1], clip_model.visual.class_embedding.shape[0]
+        # Keyed by their layers, from 1: the text side's context of layer 0 is ctx.
         self.text_prompts = nn.ParameterDict({str(layer): self.random(n_ctx, width) for layer in range(1, depth)})
         self.visual_prompts = nn.ParameterList(self.random(n_ctx_vision, image_width) for _ in range(depth_vision))
         self.text_weight, self.image_weight = text_weight, image_weight

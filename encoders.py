@@ -208,9 +208,9 @@ def zero_shot_text_features(clip_model, classnames, templates):
 def frozen_image_features(clip_model, images):
     """Frozen CLIP's f(I), unit length [B, d].
 
-    images: [B, 3, h, w]. Features that are already computed are returned unchanged: [B, d] alone, or in a pair
-    (images, features).
+    images: [B, 3, h, w]; or features that are already computed, [B, d], alone or as the second of a pair (images,
+    features): returned unchanged; or a tuple of views, each [B, 3, h, w] (`Learner.views`): the first is encoded.
     """
-    if isinstance(images, tuple):  # a pair with the features; of several views the first
+    if isinstance(images, tuple):  # (images, features), or views
         images = images[1] if images[1].ndim == 2 else images[0]
     return images if images.ndim == 2 else F.normalize(encode_images_fast(clip_model, images), dim=-1)

@@ -127,7 +127,8 @@ def base_loss(learner, images, labels):
     g = learner.text_features(classes)  # g(C~'_b)                [H, d]
     if g.shape[-2] != len(classes):
         raise ValueError(f"text_features gave {g.shape[-2]} rows for {len(classes)} `classes`")
-    loss = cross_entropy(learner, f, g, targets, classes)  # g to unit length (Eq. 5), then Eq. 6
+    # `similarity_logits` scales g to unit length (Eq. 5); then the mean of -log p over H (Eq. 6)
+    loss = cross_entropy(learner, f, g, targets, classes)
     return loss + other_losses(learner, images, f)  # these: over all base classes, unchanged
 
 
@@ -140,7 +141,7 @@ def new_loss(learner, images, pseudo_labels):
     images: I_n, B of them without labels, as the learner's image_features takes them.
     pseudo_labels: int64 [B], t^_n of Eq. 7, in 0..C_n-1. The learner already holds the new classes:
     run.py calls `set_classes` before the phase, which tokenizes the names once. Features are
-    normalized in each loss, where section 3.3 says once. Returns a scalar with a gradient.
+    normalized in each loss. Returns a scalar with a gradient.
     """
     f = learner.image_features(images)  # f(P_v, I_n)             [B, d]
     g = learner.text_features()  # g(C_n), the new classes alone  [C_n, d]

@@ -102,6 +102,7 @@ def base_phase(learner, task, args, record):
     sampler = SAMPLERS[args.sampler if mao else "random"](learner, task, args)  # "hard": Eq. 4
     loss_of = base_loss if mao and not args.no_reg_base else backbone_loss  # Eq. 6, or Eq. 2
     batches = PhaseBatches(1, learner, task, sampler, args)  # the sampler's images, augmented, with their labels
+    # SGD for the paper's three learners (Table 6), new in each phase; args.base.lr is its highest rate
     optimizer = make_optimizer(learner, args.base.lr, args.recipe)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")  # otherwise it changes nothing
     # 1..epochs; with --resume those that are left, and learner, optimizer and scaler are restored first
@@ -113,7 +114,8 @@ def base_phase(learner, task, args, record):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            record.step(loss, len(candidates(labels)[0]) if loss_of is base_loss else len(task.base_names))
+            size = len(candidates(labels)[0]) if loss_of is base_loss else len(task.base_names)  # H, or C_b
+            record.step(loss, candidates=size)
         learner.epoch_end(epoch, args.base.epochs)
         record.end_epoch("base", epoch, learner, optimizer, scaler)
 
@@ -144,7 +146,7 @@ def new_phase(learner, task, args, record):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            record.step(loss, first + len(task.new_names))
+            record.step(loss, candidates=first + len(task.new_names))
             labeled.append((indices, pseudo_labels))
         learner.epoch_end(epoch, args.new.epochs)
         right = scores.pseudo_label_accuracy(task.new_answers, labeled)

@@ -70,6 +70,7 @@ def nearest_classes(classnames, top_k, encoder):
     ValueError: the encoder does not give one row for each name.
     """
     count = len(classnames)
+    # In float64, so that near-ties have the same order on every machine.
     e = torch.as_tensor(encoder([name.replace("_", " ") for name in classnames])).double()
     if e.ndim != 2 or len(e) != count:
         raise ValueError(f"encoder gave {tuple(e.shape)} for {count} names: one row for each")

@@ -73,16 +73,17 @@ def score(learner, states, task, tests):
 def score_halves(learner, states, task, tests):
     """The scores of base-to-new: {"base", "new", "h", "base_by_final_prompt", "one_list", "one_list_final"}.
 
-    The prompts after phase 1 score base classes, the last ones new classes (Tables 4 and 8). "one_list" is generalized
-    accuracy: all base and new classes are candidates; each class keeps its prompts, in "one_list_final" the last ones.
-    "new" and "h" are None, and there is no list, where there is no test image of the new classes.
+    The prompts after phase 1 score base classes, the last ones new classes: in Tables 4 and 8, Base stays the same when
+    the new phase is added. "one_list" is generalized accuracy: all base and new classes are candidates; each class keeps
+    its prompts, in "one_list_final" the last ones. "new" and "h" are None, and there is no list, where there is no test
+    image of the new classes.
     """
     found = {}  # (after which phase, whose classes, whose images): top-1 scores [N], classes [N], labels [N]
     for phase, half in (("base", "base"), ("new", "new"), ("new", "base")):
         if half not in task.tests:
             continue
         load_prompts_for(learner, states, phase, task.tests[half])
-        for name in task.tests:
+        for name in task.tests:  # the other half's images too: "one_list" needs them
             found[phase, half, name] = top1(learner, tests.batches(name, learner), tests.device)
     base, new = accuracy(*found["base", "base", "base"]), None
     if "new" in task.tests:

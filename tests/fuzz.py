@@ -112,7 +112,7 @@ def mutate_tensors(content, rng):
     found = safetensors.torch.load(content)
     key = rng.choice(list(found))
     value = found.pop(key)
-    kinds = [torch.full_like(value, float("nan")), value.flatten()[: value.numel() // 2], value[None], value[:0], value]
+    kinds = [torch.full_like(value, float("nan")), value.flatten()[: value.numel() // 2], value[None], value.flatten()[:0], value]
     names = [key] * 4 + ["x", "visual.layer1.0.conv1.weight", "transformer.resblocks.x.y", key + "x"]
     if rng.random() < 0.9:
         found[rng.choice(names)] = rng.choice(kinds)
@@ -144,7 +144,11 @@ def of_runs(folder):
         yield done / "new.safetensors", mutation, load
     for path in sorted(done.glob("*.json")):
         yield path, mutate_json, again
-    yield stopped / "resume.pt", mutate_bytes, functools.partial(runs.Record, stopped, runs.read_config(stopped), True)
+    yield (
+        stopped / "resume.pt",
+        mutate_bytes,
+        functools.partial(runs.Record, stopped, runs.read_config(stopped), resume=True),
+    )
 
 
 def of_lists(folder):

@@ -121,7 +121,7 @@ def test_decoded_images_are_kept_within_the_memory_given(tmp_path, monkeypatch):
 
 def test_what_data_py_shows(eurosat, command):
     out, _ = succeeds(command("data.py eurosat --shots 4 --root", eurosat))
-    assert "b = 2 anchors, K = 2 classes" in out and "20 few-shot" in out
+    assert "b = 2 anchors, K = 2 classes" in out and "20 labeled images to tune" in out
     lists = {}
     for name in ("train", "base", "new", "test"):
         found = command(f"data.py eurosat --shots 4 --list {name} --root", eurosat)[1]

@@ -1,4 +1,4 @@
-"""Images of one's own: folders, names, new classes without labels, predictions; and the other protocols."""
+"""Images of your own: folders, names, new classes without labels, predictions; and the other protocols."""
 
 import csv
 import json
@@ -87,11 +87,11 @@ def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
     (run,) = (tmp_path / "runs").iterdir()
     assert read(run, "config")["classnames"] == ["red door", "blue door"]
     draw(own / "old_gate" / "A.png")  # the run keeps its lists: a new image is not scored
-    again, _ = succeeds(command("run.py --eval", run))
+    again, _ = succeeds(command("run.py --workers 0 --eval", run))
     assert table(again) == table(out)
     missing = own / read(run, "lists")["split"]["test"][0][0]
     missing.unlink()
-    refuses(command("run.py --eval", run), missing)
+    refuses(command("run.py --workers 0 --eval", run), missing)
     for text in ("a,x\na,y\n", '{"a": "x", "a": "y"}', "a,x\nb,x\n", "a,x\nb, \n", "Red Door,red door\n"):
         names.write_text(text)
         refuses(command(*ask, "--names", names), "--names ")
