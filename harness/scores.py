@@ -74,9 +74,9 @@ def score_halves(learner, states, task, tests):
     """The scores of base-to-new: {"base", "new", "h", "base_by_final_prompt", "one_list", "one_list_final"}.
 
     The prompts after phase 1 score base classes, the last ones new classes: in Tables 4 and 8, Base stays the same when
-    the new phase is added. "one_list" is generalized accuracy: all base and new classes are candidates; each class keeps
-    its prompts, in "one_list_final" the last ones. "new" and "h" are None, and there is no list, where there is no test
-    image of the new classes.
+    the new phase is added. "one_list" is generalized accuracy: all base and new classes are candidates; each class
+    keeps its prompts, in "one_list_final" the last ones. "new" and "h" are None, and there is no list, where there is
+    no test image of the new classes.
     """
     found = {}  # (after which phase, whose classes, whose images): top-1 scores [N], classes [N], labels [N]
     for phase, half in (("base", "base"), ("new", "new"), ("new", "base")):
