@@ -34,8 +34,11 @@ def open_atomic(path):
     try:
         with wrap_os_errors(path):
             file = open(beside, "wb")  # noqa: SIM115  closed below
-        with file:
+        try:
             yield file
+        finally:
+            with wrap_os_errors(path):
+                file.close()
         with wrap_os_errors(path):
             os.replace(beside, path)
     finally:

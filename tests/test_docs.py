@@ -23,8 +23,7 @@ import run
 from backbones import CoOp
 from docs.__main__ import is_empty
 from encoders import frozen_image_features, load_clip
-from harness import demo, folders, options
-from harness.images import model_input, test_transform
+from harness import demo, folders, images, options
 
 PROJECT = pathlib.Path(run.__file__).parent
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -132,8 +131,8 @@ def test_the_readmes_method_runs_and_scores(capsys):
     base_names, new_names = demo.CLASSNAMES[:8], demo.CLASSNAMES[50:58]
 
     def images_of(names, part, count):
-        images = [demo.read(f"sepia/{part}/{name}/{number:02d}") for name in names for number in range(count)]
-        pixels = model_input(torch.stack([test_transform(32)(image) for image in images]))
+        drawn = [demo.read(f"sepia/{part}/{name}/{number:02d}") for name in names for number in range(count)]
+        pixels = images.model_input(torch.stack([images.test_transform(32)(image) for image in drawn]))
         return frozen_image_features(clip_model, pixels), torch.arange(8).repeat_interleave(count)
 
     base_train, base_labels = images_of(base_names, "train", 8)

@@ -163,7 +163,6 @@ WRONG = {
     f"{NEW} --new-test own": "that names.txt does not name",
     f"{NEW} --unlabeled-shots 1": "--unlabeled-shots has no effect with --unlabeled",
     "run.py --method zeroshot --out names.txt": "names.txt (File exists)",
-    f"{PREDICT} 1.png --prompt nowhere": "nowhere is missing",
     f"{PREDICT} 1.png --prompt names.txt": "names.txt is not a file of prompts",
     f"{PREDICT} 1.png --clip names.txt": "is not a CLIP checkpoint",
     f"{PREDICT} nowhere": "there is no image or folder nowhere",
