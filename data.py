@@ -159,7 +159,7 @@ def open_task(args, kept=None):
             task.tests[target] = test_set(folders.open_dataset(target, root, args.download))
     elif args.protocol == "few-shot":
         task = few_shot_task(source, args.shots, args.seed)
-    elif args.unlabeled:
+    elif args.unlabeled and args.new_classes:
         task = own_new_classes_task(source, args, kept and kept.new_test)
     else:
         task = base_to_new_task(source, args.shots, args.unlabeled_shots or args.shots, args.seed)

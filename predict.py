@@ -40,7 +40,7 @@ def load_learner(prompt, classnames, clip=None, device="cpu"):
     clip_model, sha256 = load_clip_of(asdict(header), device, clip)
     state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
     tuned_on = header.classnames or classnames  # an older file does not name them
-    about = header.backbone, header.settings, clip_model, tuned_on, state, where
+    about = header.backbone, header.settings, clip_model, tuned_on, [state], where
     learner = runs.build_learner(BACKBONES | BASELINES, *about)
     with torch.no_grad():
         learner.set_classes(classnames)

@@ -299,7 +299,7 @@ def load_row(folder, device="cpu"):
         return config, clip_model, ZeroShot(clip_model, config.classnames), None
     files = {"base": "base.safetensors", "new": "new.safetensors" if config.new else "base.safetensors"}
     states = {phase: runs.read_prompts(folder / file, config.backbone, sha256) for phase, file in files.items()}
-    of_learner = (config.backbone, config.learner_settings, clip_model, config.classnames, states["base"])
+    of_learner = (config.backbone, config.learner_settings, clip_model, config.classnames, states.values())
     return config, clip_model, runs.build_learner(LEARNERS, *of_learner, where), states
 
 

@@ -62,6 +62,7 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
         domain = full_name(name).removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
+        kept = kept and {"train": [], "val": [], "test": []} | kept
         source = Source(kept or folder_split(root, None if names is None else read_folder_names(names)), root, template)
         check_classes(source, root if kept is None else "the run's lists.json")
         return source

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from harness.cli import warn
-from harness.files import Items, Name, Split, atomic_write, decode, fingerprint, make_folder, read_json
+from harness.files import Index, Items, Name, Real, Split, atomic_write, decode, fingerprint, make_folder, read_json
 from harness.options import MACHINE_SETTINGS, Config, learner_settings, recipes, typed
 
 try:
@@ -201,9 +201,8 @@ class Record:
                 self.write_metrics()
                 return
         make_folder(self.folder)
-        for path in self.folder.glob("*.*"):
-            if path.suffix in (".json", ".jsonl", ".safetensors", ".pt"):  # what a stopped run left
-                path.unlink()
+        for name in ("metrics.jsonl", "base.safetensors", "new.safetensors", "result.json", "lists.json", "resume.pt"):
+            (self.folder / name).unlink(missing_ok=True)  # what a stopped run left
         atomic_write(self.folder / "config.json", json.dumps(msgspec.to_builtins(config), indent=1) + "\n")
 
     def refuse_others(self, folder, kind):
@@ -348,8 +347,8 @@ def read_prompts(path, backbone, clip_sha256):
     return safetensors.torch.load_file(path)
 
 
-def build_learner(learners, backbone, settings, clip_model, classnames, state, where):
-    """The prompt learner that a file, `where`, names, with prompts of `read_prompts`. settings: of its class, a dict.
+def build_learner(learners, backbone, settings, clip_model, classnames, states, where):
+    """The prompt learner that a file, `where`, names. settings: of its class, a dict. states: of `read_prompts`.
 
     learners: {name: class}. ValueError: a backbone or setting that is not known here, or prompts that do not fit.
     """
@@ -357,9 +356,10 @@ def build_learner(learners, backbone, settings, clip_model, classnames, state, w
         raise ValueError(f"{where} is of a backbone '{backbone}'; the known ones are {', '.join(learners)}")
     try:
         learner = learners[backbone](clip_model, classnames, **settings)
-        learner.load_state_dict(state)
+        for state in states:  # the last ones stay
+            learner.load_state_dict(state)
         return learner
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{where} does not fit {backbone} or its prompts ({error}): run the row again") from error
 
 
@@ -371,9 +371,13 @@ def read_config(folder):
 
 def read_result(folder):
     """result.json of a row's folder, a dict, or None where the row is not finished. ValueError: broken."""
-    path = pathlib.Path(folder) / "result.json"
-    kind = dict[str, float | int | dict[str, float] | None]
-    return read_json(path, kind, "move the folder away and run it again") if path.exists() else None
+    path, advice = pathlib.Path(folder) / "result.json", "move the folder away and run it again"
+    if not path.exists():
+        return None
+    result = read_json(path, dict[str, Index | Real | dict[str, Real] | None], advice)
+    if None in (result.get("seconds"), result.get("learnable_parameters")) or "peak_mib" not in result:
+        raise ValueError(f"{path} is broken (it lacks what the row cost): {advice}")
+    return result
 
 
 def read_metrics(folder):

@@ -209,7 +209,7 @@ def print_table(config, rows, backbone):
     print("\n" + printable(f"{config.dataset}, seed {config.seed}, {shots}"))
     if generalized:
         known, every = (sum(part) + 2 * len(part) for part in (widths[1:][: len(own)], widths[1 + len(own) :][:4]))
-        print(" " * widths[0], "half known (paper)".rjust(known), "all classes as candidates".rjust(every), sep="")
+        print(" " * widths[0], "  half known (paper)".rjust(known), "  all classes as candidates".rjust(every), sep="")
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
