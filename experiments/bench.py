@@ -409,10 +409,10 @@ def bench(sizes="vit-b/16", device="cpu", quick=True, turns=3, backbones=tuple(P
     batch, meter = QUICK_BATCH if quick else BATCH, Meter(device, turns)
     case, half = Case(sizes, device, meter, batch), Case(sizes, device, meter, batch, "bf16")
     rows, ratios, differences = [], {}, {}
-    for backbone in tqdm(backbones, "steps", disable=sizes == "tiny"):
+    for backbone in tqdm(backbones, "steps", disable=sizes == "tiny" or None):
         of_backbone = bench_backbone(case, half, backbone, quick)
         rows, ratios, differences = rows + of_backbone[0], ratios | of_backbone[1], differences | of_backbone[2]
-    counts = tqdm([10, 50, 100, 200, 1000], "text side")
+    counts = tqdm([10, 50, 100, 200, 1000], "text side", disable=None)
     sweep = [text_side(case, one, n, quick) for n in counts for one in ("coop", "maple") if one in backbones]
     memory = {line["classes"]: line for line in sweep if line["backbone"] == "coop"}
     at_100, at_200 = memory[100]["authors"][1], memory[200]["authors"][1]
@@ -485,7 +485,8 @@ def main():
         found = {"milliseconds per image": found, "ratios": {"kept_images": ratio(costs["anew"], costs["kept"])}}
     elif args.table3:
         case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
-        rows = [row for backbone in tqdm(run.LEARNERS, "backbones") for row in bench_table_3(case, backbone)]
+        learners = tqdm(run.LEARNERS, "backbones", disable=None)
+        rows = [row for backbone in learners for row in bench_table_3(case, backbone)]
         found = {"machine": describe(case), "rows": rows}
     else:
         found = bench(args.sizes, args.device, args.quick, args.turns, dict.fromkeys(["coop", *args.backbones]))

@@ -69,7 +69,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
 
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    bar = tqdm(range(steps), desc="pretraining", unit="step")
+    bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None)
     for step in bar:
         rng = np.random.default_rng([seed, step])
         names = rng.choice(demo.CLASSNAMES, pairs)

@@ -328,17 +328,17 @@ def estimates(results, device):
 
 
 def show_plan(results, args):
-    """Prints the cells, which are done, and the time of the rest. results: {cell: its result, or None}."""
-    known, left = estimates(results, args.device), [cell for cell, result in results.items() if not result]
-    for cell, result in results.items():
-        state = "done" if result else "unknown" if known[cell] is None else f"{known[cell] / 60:.1f} min"
-        print(f"{state:>10}  {sweep.parsed(cell)[1]}")
-    print(f"\n{len(results)} cells, {len(results) - len(left)} done, {len(left)} to run")
-    minutes = [known[cell] / 60 for cell in left if known[cell] is not None]
-    span = f"{sum(minutes):.0f} min" if sum(minutes) < 120 else f"{sum(minutes) / 60:.1f} h"
-    print(f"estimate, tuning alone: {span} one after another")
-    if len(minutes) < len(left):
-        print(f"not in the estimate: {len(left) - len(minutes)} cells of a kind of which none is done yet")
+    """Prints one line per row: its cells, how many are done, the time of the rest. results: {cell: result or None}."""
+    known, rows = estimates(results, args.device), {"all rows": list(results)}
+    for cell in results:
+        rows.setdefault(" ".join(cell[4:]), []).append(cell)  # a row has each dataset and seed
+    print(f"{', '.join(args.datasets)}; {seeds_of(args)}. The time is that of tuning, one cell after another.")
+    for row, cells in rows.items():
+        left = [known[cell] for cell in cells if not results[cell]]
+        minutes, unknown = sum(seconds or 0 for seconds in left) / 60, left.count(None)
+        time = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        time += f" and {unknown} cells of unknown time" if unknown else ""
+        print(f"{len(cells):>4} cells, {len(cells) - len(left):>3} done, {time:>8} left: {row}")
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -381,7 +381,11 @@ def make(names, out, args, failed):
                 figures.save(function(*of_figure), out / f"{figure}.png")
                 files.append(f"{figure}.png")
             except (ValueError, OSError) as error:  # a dataset or matplotlib is missing: the rest is made
-                warn(f"{figure}.png is left out: {error}")
+                cause, missing, _ = str(error).partition(": add --download")  # run.py's option, not this command's
+                get = (
+                    f": python data.py {of_figure[0]} --root {args.root or 'data'} --download; --demo needs no dataset"
+                )
+                warn(f"{figure}.png is left out: {cause}{missing and get}")
                 left_out += 1
     if all_lines:
         table = io.StringIO()
@@ -430,6 +434,7 @@ def arguments():
     one = f"demo-{demo.DEFAULT}" if args.demo else "eurosat"
     args.named, args.datasets = args.datasets, args.datasets or ([one] if args.quick else known)
     args.of_batches = args.named or (["demo-plain", "demo-sepia"] if args.demo else ["caltech101", "oxford_pets"])
+    args.of_batches = args.of_batches[:1] if args.quick else args.of_batches
     args.seeds = args.seeds or ([1] if args.quick else [1, 2, 3])
     args.of_table_2 = args.backbones or (["coop"] if args.quick else PAPERS_THREE)
     args.backbones = args.backbones or PAPERS_THREE
@@ -452,13 +457,15 @@ def main():
         known, todo = estimates(results, args.device), [cell for cell in cells if results[cell] is None]
         # the longest first, so that at the end no worker waits long for another
         todo.sort(key=lambda cell: math.inf if known[cell] is None else known[cell], reverse=True)
-        print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run")
+        if cells:
+            print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run")
         measured = [table for name, table in tables.items() if MADE[name].scores in (cost, spent)]
         own = {cell for table in measured for of_row in table.values() for cell in of_row}
         ray = {"gpus": args.gpus_per_run, "mib": args.memory_per_run, "address": args.address}
         failed = sweep.run_cells(todo, out, args.cpus_per_run, args.device, own, args.serial, **ray)
         files, left_out = make(args.what, out, args, failed)
-        print(f"\nIn {out}: {', '.join(files) or 'nothing'}")
+        if files:
+            print(f"\nIn {out}: {', '.join(files)}")
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again")
     return 1 if failed or left_out else None

@@ -119,7 +119,7 @@ def run_cells(cells, out, threads=1, device="cpu", own=(), serial=False, **ray):
     clear(out, {parsed(cell)[1] for cell in cells})
     failed, how = {}, (cells, out, threads, device, own)
     outcomes = serially(*how) if serial else on_ray(*how, **ray)
-    for cell, error, warnings in tqdm(outcomes, "cells", len(cells), disable=not cells):
+    for cell, error, warnings in tqdm(outcomes, "cells", len(cells), disable=None if cells else True):
         name = parsed(cell)[1]
         for warning in dict.fromkeys(warnings):
             warn(f"{name}: {warning.split(': warning: ', 1)[1]}")

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -284,7 +285,8 @@ class CachedViews(Dataset):
         if size > room:
             raise ValueError(f"{what} take {size:,.0f} MiB; {room:,.0f} MiB of memory are free: lower --cache-views")
         parts, start = [torch.empty(len(keys), *part.shape[1:], dtype=part.dtype) for part in first], 0
-        for batch, _ in tqdm(loader(images, workers, sampler=keys, batch_size=128), f"caching {what}, {size:,.1f} MiB"):
+        print(f"caching {what}, {size:,.1f} MiB", file=sys.stderr)
+        for batch, _ in tqdm(loader(images, workers, sampler=keys, batch_size=128), "caching", disable=None):
             for part, rows in zip(parts, kept(batch)):
                 part[start : start + len(batch)] = rows
             start += len(batch)
