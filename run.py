@@ -1,6 +1,6 @@
 """MAO: tunes prompts in two phases, with and without MAO, and scores them on base and new classes (Table 1).
 
-    python run.py                                        the embedded demo: no network, no GPU, about 2 minutes
+    python run.py                                        the embedded demo: no network, no GPU, 2 to 3 minutes
     python run.py --dataset eurosat --backbone coop      CLIP ViT-B/16 on EuroSAT
     python run.py --dataset imagenet --protocol cross-dataset                                     Table 2
     python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            your own images

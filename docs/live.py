@@ -4,14 +4,16 @@ Everything comes from one seed, on one thread, and nothing is typed in. A functi
 """
 
 import base64
+import functools
 import json
+import re
 import tempfile
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.core.pylabtools import print_figure
-from IPython.display import HTML
+from IPython.display import display
 from msgspec.structs import asdict
 
 import run
@@ -27,6 +29,7 @@ from sampler import minilm, nearest_classes
 plt.rcParams.update({"font.size": 9, "figure.dpi": 110, "savefig.facecolor": "white", "axes.titlesize": 10})
 GRAY = "0.75"
 VALUES = {"figures": 0}  # what a test computes again, and what CI compares with the page that is checked in
+show = functools.partial(display, raw=True)  # what a cell shows: {MIME type: data}, which functions here return
 
 
 def keep(name, value):
@@ -36,29 +39,34 @@ def keep(name, value):
 
 
 def all_values():
-    """All values that the page shows, as JSON: `python -m docs --check` compares them."""
-    return HTML(f'<script type="application/json" id="values">{json.dumps(VALUES, indent=0)}</script>')
+    """All values that were kept, for `python -m docs --check` to compare."""
+    return {"application/json": VALUES, "text/plain": "\n".join(f"{name}: {value}" for name, value in VALUES.items())}
 
 
 def image(figure, alt):
-    """A figure as an <img> that needs no backend of matplotlib; counts it, so that none is lost. alt: what it shows."""
+    """A figure as a PNG, without a backend of matplotlib; counts it, so that none is lost. alt: what it shows."""
     VALUES["figures"] += 1
     plt.close(figure)
-    png = base64.b64encode(print_figure(figure, bbox_inches=None)).decode()
-    return HTML(f'<img alt="{alt}" src="data:image/png;base64,{png}">')
+    return {"image/png": base64.b64encode(print_figure(figure, bbox_inches=None)).decode(), "text/plain": alt}
 
 
-def table(rows, header):
-    """An HTML table of cells."""
+def table(rows, header, below=""):
+    """A table of cells, HTML, with a sentence below it."""
     lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
-    return HTML(f"<table class='values'>{''.join(lines)}</table>")
+    text = "\n".join(" | ".join(map(str, row)) for row in [header, *rows]) + f"\n{below}"
+    page = f"<div><table>{''.join(lines)}</table><p>{below}</p></div>"
+    return {"text/html": page, "text/plain": re.sub("<[^>]+>", "", text).strip()}
 
 
-def name_axes(axis, names):
-    """Writes every fifth of some class names at both axes of a matrix of classes."""
-    axis.set_xticks(range(0, len(names), 5), names[::5], rotation=90, fontsize=6)
-    axis.set_yticks(range(0, len(names), 5), names[::5], fontsize=6)
+class CountedRecord(runs.Record):
+    """A record that counts all steps."""
+
+    steps = 0
+
+    def step(self, *args, **more):
+        self.steps += 1
+        super().step(*args, **more)
 
 
 class Run:
@@ -96,7 +104,7 @@ class Run:
             torch.manual_seed(1)
             learner = CoOp(self.clip, self.names)
             with tempfile.TemporaryDirectory() as folder:
-                record = self.records[method] = runs.Record(folder, config)
+                record = self.records[method] = CountedRecord(folder, config)
                 states = self.states[method] = run.tune(learner, self.task, config, record)
             self.results[method] = scores.score(learner, states, self.task, self.tests)
 
@@ -127,9 +135,9 @@ def one_image(live):
         logits = live.learner(live.images[:1])[0]
     p, truth = logits.softmax(-1), live.targets[0].item()
     keep("p of the first image's class", p[truth])
-    figure, axis = plt.subplots(figsize=(7.6, 2.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.8, 2.6), layout="constrained")
     axis.bar(range(len(p)), logits, color=["black" if i == truth else GRAY for i in range(len(p))])
-    axis.set_xticks(range(len(p)), live.names, rotation=90, fontsize=5.5)
+    figures.name_axes(axis, live.names, "x")
     axis.set(ylim=(logits.min().item() - 2, logits.max().item() + 1), ylabel="⟨g, f⟩ / τ")
     axis.set_title(f"an image of '{live.names[truth]}' (black) before tuning: p = {p[truth]:.3f}")
     return image(figure, "logits of one image over all base classes")
@@ -144,7 +152,7 @@ def neighbors(live):
     cosine, anchor = (e @ e.T).numpy(), int(live.labels[live.batch[0]])
     figure, axis = plt.subplots(figsize=(4.4, 3.9), layout="constrained")
     shown = axis.imshow(cosine, cmap="Greys", vmin=0, vmax=1)
-    name_axes(axis, live.names)
+    figures.name_axes(axis, live.names)
     axis.axhline(anchor, color="crimson", linewidth=0.8)
     figure.colorbar(shown, label="cosine of two names")
     axis.set_title("the names of all base classes")
@@ -174,7 +182,7 @@ def remapped(live):
     rows = [(i + 1, live.names[label], label, position) for i, (label, position) in enumerate(pairs)]
     text = f"H = {len(classes)} candidates, of b·K = {len(targets)} images and {len(live.names)} base classes."
     header = ("image", "class", "label in C<sub>b</sub>", "position in C̃′<sub>b</sub>")
-    return table([*rows, ("…", "", "", "")], header), HTML(f"<p>{text}</p>")
+    return table([*rows, ("…", "", "", "")], header, text)
 
 
 def regularized(live):
@@ -190,24 +198,23 @@ def regularized(live):
         loss.backward()
         losses[name], pushes[name] = keep(f"loss {name}", loss.item()), g.grad.norm(dim=-1)
     logits = similarity_logits(f, g_all, live.learner.logit_scale).numpy()
-    figure, axes = plt.subplots(2, 1, figsize=(8.6, 5.2), layout="constrained", height_ratios=(2, 1))
+    figure, axes = plt.subplots(2, 1, figsize=(8.2, 5.2), layout="constrained", height_ratios=(2, 1))
     shown = axes[0].imshow(logits, cmap="viridis", aspect="auto")
     for column in np.setdiff1d(np.arange(len(g_all)), classes.numpy()):
         axes[0].axvspan(column - 0.5, column + 0.5, color="0.85")
     axes[0].plot(live.targets, range(len(f)), "o", markersize=3, markerfacecolor="none", color="crimson")
     axes[0].set(ylabel="image of the batch", xticks=[])
-    axes[0].set_title(
-        f"logits; gray: classes absent from the batch; red: each image's own\n"
-        f"loss over all {len(g_all)} classes {losses['over C_b']:.3f}, "
-        f"over the {len(classes)} candidates {losses['over C̃′_b']:.3f}"
+    found = (
+        f"loss over all {len(g_all)} classes {losses['over C_b']:.3f}, over the candidates {losses['over C̃′_b']:.3f}"
     )
+    axes[0].set_title(f"logits; gray: classes absent from the batch; red: each image's own\n{found}")
     figure.colorbar(shown, ax=axes[0], label="⟨g, f⟩ / τ")
     x = np.arange(len(g_all))
     axes[1].bar(x - 0.2, pushes["over C_b"], 0.4, color=GRAY, label="loss over C_b")
     axes[1].bar(x + 0.2, pushes["over C̃′_b"], 0.4, color="black", label="loss over the candidates (Eq. 6)")
-    axes[1].set_xticks(x, live.names, rotation=90, fontsize=5.5)
+    figures.name_axes(axes[1], live.names, "x")
     axes[1].set_ylabel("gradient of g, norm")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=8)
     return image(figure, "logits of the batch, and gradients of the classes")
 
 
@@ -221,7 +228,7 @@ def curves(live):
         lines = [line for line in map(json.loads, live.records[method].metrics) if line["phase"] == "base"]
         for axis, key, title in zip(axes, ("loss", "candidates"), ("mean loss", "mean number of candidates, H")):
             axis.plot(range(1, len(lines) + 1), [line[key] for line in lines], style, ms=3, color=color, label=label)
-            axis.set(title=title, xlabel="epoch of phase 1")
+            axis.set(title=title, xlabel="epoch of phase 1", xticks=range(0, 21, 5))
         keep(f"last loss of {label}", lines[-1]["loss"])
     axes[0].legend(fontsize=8)
     axes[1].set_ylim(0)
@@ -255,18 +262,18 @@ def pseudo_labels(live):
     on_whole = of_whole_images(live.learner, task, live.args).argmax(dim=-1)
     share = keep("pseudo-labels right, one view each", 100 * right.float().mean())
     keep("pseudo-labels right, whole images", 100 * (on_whole == truth).float().mean())
-    figure = plt.figure(figsize=(10.4, 3.6), layout="constrained")
+    figure = plt.figure(figsize=(12.2, 3.8), layout="constrained")
     left, side = figure.subfigures(1, 2, width_ratios=(2.1, 1))
     for axis, i in zip(left.subplots(3, 6).flat, np.random.default_rng(1).permutation(len(right))):
         name = live.new_names[labels[i]] + ("" if right[i] else f"\nis {live.new_names[truth[i]]}")
         text = f"{name}\n{confidences[i]:.2f}"
-        figures.show_image(axis, pixels[i].permute(1, 2, 0), text, 6.5, 0 if right[i] else 2.5)
+        figures.show_image(axis, pixels[i].permute(1, 2, 0), text, 8, 0 if right[i] else 2.5)
     axis = side.subplots()
     for low in torch.arange(10) / 10:
         inside = (confidences >= low) & (confidences < low + 0.1 + 1e-6)
         if inside.sum() > 4:
             axis.bar(low + 0.05, right[inside].float().mean(), 0.09, color=GRAY, edgecolor="black", linewidth=0.5)
-            axis.text(low + 0.05, 0.02, int(inside.sum()), ha="center", fontsize=6)
+            axis.text(low + 0.05, 0.02, int(inside.sum()), ha="center", fontsize=7)
     axis.plot([0, 1], [0, 1], "k--", linewidth=0.8)
     axis.set(xlabel="confidence; the number of images", ylabel="share right", title=f"right: {share:.1f}% of views")
     return image(figure, "unlabeled images with pseudo-labels; the share that is right by confidence")
@@ -283,32 +290,39 @@ def predictions(live, after):
 
 
 def final_scores(live):
-    """Base and New after each phase, beside the backbone's and zero-shot CLIP's: a table."""
-    zero, plain, mao = (live.results[name] for name in ("zeroshot", "backbone", "mao"))
-    after_1 = keep("New after phase 1", scores.accuracy(*predictions(live, "base")))
-    keep("Base after phase 1", mao["base"])
-    keep("New after phase 2", mao["new"])
-    rows = [
-        ("zero-shot CLIP", zero["base"], zero["new"]),
-        ("CoOp alone", plain["base"], plain["new"]),
-        ("CoOp + MAO, prompts after phase 1", mao["base"], after_1),
-        ("CoOp + MAO, prompts after phase 2", mao["base_by_final_prompt"], mao["new"]),
-    ]
-    cells = [(name, f"{base:.2f}", f"{new:.2f}") for name, base, new in rows]
+    """Base and New by the prompts after each phase: a table."""
+    mao, after_1 = live.results["mao"], keep("New after phase 1", scores.accuracy(*predictions(live, "base")))
+    final = mao["base_by_final_prompt"], keep("New after phase 2", mao["new"])
+    pairs = ("after phase 1", (keep("Base after phase 1", mao["base"]), after_1)), ("after phase 2", final)
+    rows = [(f"CoOp + MAO, prompts {when}", *(f"{score:.2f}" for score in both)) for when, both in pairs]
     text = f"Base is scored by phase 1's prompts, New by phase 2's: H is {keep('harmonic mean', mao['h']):.2f}."
-    return table(cells, ("", "Base", "New")), HTML(f"<p>{text}</p>")
+    return table(rows, ("", "Base", "New"), text)
 
 
 def confusion(live):
     """How often each new class is taken for each other, before and after phase 2."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.9), layout="constrained")
     for axis, after, title in zip(axes, ("base", "new"), ("after phase 1", "after phase 2")):
         _, found, truth = predictions(live, after)
-        figures.show_confusion(axis, truth, found, len(live.new_names), title)
-        name_axes(axis, live.new_names)
+        shown = figures.show_confusion(axis, truth, found, live.new_names, title)
         axis.set_xlabel("the class predicted")
     axes[0].set_ylabel("the class shown")
+    figure.colorbar(shown, ax=axes, label="% of the class shown")
     return image(figure, "confusion of the new classes after each phase")
+
+
+def gains(live):
+    """What MAO gains, and what it costs: scores, learned parameters, steps and seconds of the three rows."""
+    learnable, rows = sum(p.numel() for p in live.learner.parameters()), []
+    for method, name in (("zeroshot", "zero-shot CLIP"), ("backbone", "CoOp alone"), ("mao", "CoOp + MAO")):
+        result, record = live.results[method], live.records.get(method)
+        steps = keep(f"steps of {name}", record.steps if record else 0)
+        h = keep(f"H of {name}, all classes as candidates", result["one_list"]["h"])
+        scored = [f"{result[key]:.2f}" for key in ("base", "new", "h")] + [f"{h:.2f}"]
+        cost = f"{learnable if record else 0:,}", f"{steps:,}", f"{record.seconds if record else 0:.0f}"
+        rows.append((name, *scored, *cost))
+    header = ("", "Base", "New", "H", "H, all classes as candidates", "learned parameters", "steps", "seconds")
+    return table(rows, header, "The seconds are those of the machine that built this page, on one thread.")
 
 
 # Appendix A -----------------------------------------------------------------------------------------------------------
@@ -316,7 +330,7 @@ def confusion(live):
 
 def meetings(live):
     """How often two base classes meet in one batch over phase 1, with hard negatives and at random."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11.6, 5), layout="constrained")
     for axis, sampler, title in zip(axes, (live.sampler, live.random), ("hard negatives", "at random")):
         sampler.set_epoch(1)
         batches = [batch for _ in range(options.RECIPES["mao"].epochs) for batch in sampler]
@@ -328,6 +342,6 @@ def meetings(live):
         off = share[~np.eye(len(share), dtype=bool)]
         keep(f"spread of meetings, {title}", off.std())
         axis.set_title(f"{title}: two classes meet in {off.mean():.2f} ± {off.std():.2f} of batches")
-        name_axes(axis, live.names)
+        figures.name_axes(axis, live.names)
     figure.colorbar(shown, ax=axes, label="share of batches with both")
     return image(figure, "how often two classes meet in a batch")

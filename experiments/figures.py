@@ -1,14 +1,16 @@
 """The figures of README.md and docs/, those of the paper, and those of a run.
 
+    python -m experiments.figures method            assets/method.png: the two phases of MAO
     python -m experiments.figures batch             assets/batch.png: one batch of hard negatives beside a random one
     python -m experiments.figures demo              assets/demo.png: what the demo's CLIP was pretrained on, the domains
-    python -m experiments.figures run FOLDER ...    curves.png and confusion.png of finished runs, in their folders
+    python -m experiments.figures run FOLDER ...    curves.png of all these runs beside the first, confusion.png in each
 
 experiments/reproduce.py draws the paper's Figs. 3 to 6, training curves and confusion by these functions. Each returns
 a matplotlib Figure. None of them sets a backend or touches pyplot, so a notebook can import this file. Every draw has a
-fixed seed: the same command makes the same figure. Gray tones, markers and hatches survive a print without color.
+fixed seed: the same command makes the same figure. Line styles, markers and hatches survive a print without color.
 """
 
+import itertools
 import pathlib
 import textwrap
 
@@ -27,8 +29,7 @@ from harness.images import ShuffledBatches
 from run import LEARNERS
 from sampler import HardNegativeSampler, minilm
 
-DOMAIN = "plain"  # of the README's batch: under plain light a reader sees the colors that the names say
-MARKERS, TONES = "osD^v", ["0.15", "0.55", "0.8"]
+MARKERS, STYLES = "sD^vo", ["-", "--", "-.", ":"]
 
 
 def new_figure(width, height, dpi=110, layout="constrained"):
@@ -43,17 +44,15 @@ def new_figure(width, height, dpi=110, layout="constrained"):
 def canvas(columns, below, width=9.0, height=3.6, rows=1):
     """(figure, axes [rows * columns]) in the style of this file; the text `below` says the settings."""
     figure = new_figure(width, height)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("\n".join(textwrap.wrap(below, int(width * 13))), fontsize=8, color="0.3")
-    return figure, axes
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def save(figure, path):
-    """Writes a figure as PNG, and makes its folder."""
-    make_folder(path.parent)
+    """Writes a figure as PNG, and makes its folder. Returns its path."""
+    make_folder(pathlib.Path(path).parent)
     figure.savefig(path, facecolor="white")
+    return path
 
 
 # The method -----------------------------------------------------------------------------------------------------------
@@ -61,15 +60,15 @@ def save(figure, path):
 DATA, FROZEN, LEARNED, LOSS = "#f2f2f2", "#cfe0f1", "#f7d8a8", "#ffffff"  # fills of boxes
 STEPS = {  # of a phase, from left to right: (text of a box, its fill)
     "Base phase\nsection 3.2": [
-        ("16 images per base class,\nwith labels", DATA),
-        ("hard negatives: each image\nbrings the K - 1 classes with the\nmost similar names (Eq. 4)", DATA),
+        ("16 images\nper base class,\nwith labels", DATA),
+        ("hard negatives: each\nimage brings the K - 1\nclasses with the most\nsimilar names (Eq. 4)", DATA),
         ("prompts (learned)\nin CLIP (frozen)", LEARNED),
         ("cross-entropy over\nthe batch's classes\n(reg-B, Eq. 6)", LOSS),
     ],
     "New phase\nsection 3.3": [
-        ("16 images per new class,\nwithout labels", DATA),
-        ("zero-shot CLIP (frozen):\nits Top-1 is the label (Eq. 7)", FROZEN),
-        ("the same prompts, tuned\nfurther, in CLIP (frozen)", LEARNED),
+        ("16 images\nper new class,\nwithout labels", DATA),
+        ("zero-shot CLIP (frozen):\nits Top-1 is the label\n(Eq. 7)", FROZEN),
+        ("the same prompts,\ntuned further,\nin CLIP (frozen)", LEARNED),
         ("cross-entropy over\nall new classes\n(reg-N, Eq. 8)", LOSS),
     ],
 }
@@ -78,37 +77,26 @@ RESULTS = ["prompts after phase 1\nscore the base classes:\nBase", "prompts afte
 
 def method_figure():
     """The two phases: images and their labels, what is learned, the classes that the loss runs over, what scores."""
-    figure = new_figure(13, 3.75, 110, None)
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 13), ylim=(0, 3.75))
-    axis.axis("off")
-    arrow = {"arrowstyle": "-|>", "color": "0.2", "shrinkA": 0, "shrinkB": 0}
-    lefts, width, height = (1.35, 3.75, 6.7, 9.05, 11.15), (2.0, 2.55, 1.95, 1.7, 1.75), 1.05
-
-    def box(column, bottom, text, fill):
-        style = {"boxstyle": "round,pad=0.02", "facecolor": fill, "edgecolor": "0.2", "zorder": 2}
-        middle = lefts[column] + width[column] / 2, bottom + height / 2
-        axis.add_patch(patch((lefts[column], bottom), width[column], height, **style))
-        axis.text(*middle, text, ha="center", va="center", fontsize=9.5, zorder=3)
-        return middle
-
     from matplotlib.patches import FancyBboxPatch as patch
 
-    middles = []
-    for bottom, (phase, steps), result in zip((2.55, 0.75), STEPS.items(), RESULTS):
-        axis.text(0.12, bottom + height / 2, phase, va="center", fontsize=11, fontweight="bold")
+    figure = new_figure(11, 3.3, layout=None)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 13), ylim=(0.45, 3.75), frame_on=False, xticks=[], yticks=[])
+    arrow = {"arrowstyle": "-|>", "color": "0.2", "shrinkA": 0, "shrinkB": 0}
+    style = {"boxstyle": "round,pad=0.02", "edgecolor": "0.2", "zorder": 2}
+    lefts, widths, height = (1.45, 3.4, 6.15, 8.5, 10.85), (1.6, 2.4, 2.0, 2.0, 2.1), 1.15
+    centers = [left + width / 2 for left, width in zip(lefts, widths)]
+    for bottom, (phase, steps), result in zip((2.5, 0.65), STEPS.items(), RESULTS):
+        middle = bottom + height / 2
+        axis.text(0.1, middle, phase, va="center", fontsize=11, fontweight="bold")
         for column, (text, fill) in enumerate([*steps, (result, LEARNED)]):
-            middles.append(box(column, bottom, text, fill))
+            axis.add_patch(patch((lefts[column], bottom), widths[column], height, facecolor=fill, **style))
+            axis.text(centers[column], middle, text, ha="center", va="center", fontsize=10, zorder=3)
             if column:
-                start = lefts[column - 1] + width[column - 1], bottom + height / 2
-                axis.annotate("", (lefts[column], bottom + height / 2), start, arrowprops=arrow)
-    axis.annotate("", (middles[7][0], 1.82), (middles[2][0], 2.53), arrowprops=arrow)
-    axis.text(
-        middles[2][0] + 0.1, 2.17, "the new phase starts from these prompts", va="center", fontsize=9, color="0.3"
-    )
-    axis.text(middles[4][0], 2.17, "H: harmonic mean", ha="center", va="center", fontsize=9.5)
-    for left, fill, text in ((1.35, DATA, "images"), (3.0, FROZEN, "frozen"), (4.6, LEARNED, "learned")):
-        axis.add_patch(patch((left, 0.2), 0.28, 0.18, boxstyle="round,pad=0.02", facecolor=fill, edgecolor="0.2"))
-        axis.text(left + 0.42, 0.29, text, va="center", fontsize=9)
+                start = lefts[column - 1] + widths[column - 1], middle
+                axis.annotate("", (lefts[column], middle), start, arrowprops=arrow)
+    axis.annotate("", (centers[2], 1.82), (centers[2], 2.48), arrowprops=arrow)
+    axis.text(centers[2] - 0.1, 2.15, "the new phase starts from these prompts", ha="right", va="center", fontsize=10)
+    axis.text(centers[4], 2.15, "H: harmonic mean", ha="center", va="center", fontsize=10)
     return figure
 
 
@@ -118,7 +106,7 @@ def method_figure():
 class Batches:
     """The first batch of MAO's base phase on a dataset, and a random batch of the same size, seed 1.
 
-    hard, random: positions in task.base_train, b*K of each. b, k: of the dataset (appendix B).
+    hard, random: positions in task.base_train, b rows of K. b, k: of the dataset (appendix B). labels: of all images.
     """
 
     def __init__(self, dataset, root=None):
@@ -127,10 +115,6 @@ class Batches:
         self.b, self.k = options.paper_batch(len(self.task.base_names))
         self.hard = next(iter(HardNegativeSampler(self.labels, self.task.base_names, self.b, self.k)))
         self.random = next(iter(ShuffledBatches(len(self.labels), self.b * self.k, seed=1)))
-
-    def rows(self, batch):
-        """The labels of a batch, in rows of K."""
-        return self.labels[batch].reshape(-1, self.k).tolist()
 
 
 def batch_of_images(dataset, root=None):
@@ -141,16 +125,17 @@ def batch_of_images(dataset, root=None):
     sides = figure.subfigures(1, 2, wspace=0.03)
     titles = ("hard negatives, one row per anchor", "a random batch")
     for side, title, batch in zip(sides, titles, (batches.hard, batches.random)):
-        rows = [[task.base_names[label] for label in row] for row in batches.rows(batch)]
+        rows = [[task.base_names[label] for label in row] for row in batches.labels[batch].reshape(b, k)]
         names = sum(rows, [])
         in_row, in_batch = np.mean([mean_similarity(row) for row in rows]), mean_similarity(names)
-        told = f"mean cosine similarity of the names\nin a row {in_row:.2f}, in the batch {in_batch:.2f}"
-        side.suptitle(f"{title}\n{told}", fontsize=20)
-        side.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.84 / b, 0.08, 0.5)
+        told = f"mean cosine similarity of names: {in_row:.2f} in a row, {in_batch:.2f} in the batch"
+        side.suptitle(f"{title}\n{told}", fontsize=18)
+        side.subplots_adjust(0.01, 0.24 / b, 0.99, 1 - 0.72 / b, 0.08, 0.5)
         for position, axis in enumerate(side.subplots(b, k, squeeze=False).flat):
             image, size = task.read(task.base_train[batch[position]][0]), 16 if len(names[position]) < 20 else 9
             anchor = batch is batches.hard and position % k == 0
             show_image(axis, image, names[position].replace(" ", "\n"), size, 5 if anchor else 0)
+    figure.text(0.005, 0.05 / b, "red frame: the anchor, whose K - 1 hard negatives follow in its row", fontsize=18)
     return figure
 
 
@@ -174,57 +159,57 @@ def mean_similarity(names):
     return cosine[~torch.eye(len(e), dtype=torch.bool)].mean().item() if len(e) > 1 else 1.0
 
 
-def mean_distance(e, classes):
-    """The mean distance of two different classes of a list; 0 where there is one only. e: embeddings [C_b, 384]."""
-    distances = torch.nn.functional.pdist(e[sorted(set(classes))])
-    return distances.mean().item() if len(distances) else 0.0
-
-
 def batch_in_plane(dataset, root=None):
     """Fig. 5: the classes of a random and of a hard-negative batch, their name embeddings in the plane by PCA.
 
     MiniLM replaces the paper's Word2Vec. The plane is that of all base classes, so both panels have the same axes.
     """
     batches = Batches(dataset, root)
-    names, k = batches.task.base_names, batches.k
+    names, b, k = np.array(batches.task.base_names), batches.b, batches.k
     e = embeddings(names)  # [C_b, 384]
-    centered = e - e.mean(dim=0)
-    *_, axes_of_pca = torch.linalg.svd(centered, full_matrices=False)
-    plane = (centered @ axes_of_pca[:2].T).numpy()  # [C_b, 2]
+    plane = (e @ torch.linalg.svd(e - e.mean(dim=0), full_matrices=False).Vh[:2].T).numpy()  # [C_b, 2]
     below = (
-        f"{dataset}, seed 1, b = {batches.b}, K = {k}: MiniLM embeddings of the names in the plane of their first two "
-        f"principal components, over all {len(names)} base classes (gray). Distances are in 384 dimensions."
+        f"{dataset}, seed 1. Gray: all base classes. Colored: the anchors, with lines to their K - 1 hard negatives."
     )
-    figure, axes = canvas(2, below, 11, 5)
-    for axis, title, batch in zip(axes, ("(a) random batch", "(b) hard negatives"), (batches.random, batches.hard)):
-        rows = batches.rows(batch)
-        classes = sorted(set(sum(rows, [])))
-        axis.plot(*plane.T, "o", color="0.85", markersize=4)
-        axis.plot(*plane[classes].T, "o", color="0.15", markersize=5)
-        in_row = np.mean([mean_distance(e, row) for row in rows])
-        told = f"mean pairwise distance: {mean_distance(e, classes):.2f}, within {k} in a row {in_row:.2f}"
-        axis.set_title(f"{title}, {len(classes)} classes\n{told}", fontsize=10)
+    figure, axes = canvas(2, below, 11, 5.5)
+    for axis in axes:
         axis.set(xticks=[], yticks=[])
-        write_names(axis, plane[classes], [names[label] for label in classes])
+    titles = f"(a) random batch of {b * k} images", f"(b) hard negatives of {b} anchors"
+    for axis, title, batch in zip(axes, titles, (batches.random, batches.hard)):
+        rows = batches.labels[batch].reshape(b, k).tolist()
+        classes = sorted(set(sum(rows, [])))
+        in_row = np.mean([mean_similarity(names[row]) for row in rows])
+        told = f"mean similarity: {in_row:.2f} in a row of {k}, {mean_similarity(names[classes]):.2f} in the batch"
+        axis.set_title(f"{title}, {len(classes)} classes\n{told}", fontsize=10)
+        axis.plot(*plane.T, "o", color="0.85", markersize=4)
+        axis.plot(*plane[classes].T, "o", color="0.3", markersize=5)
+        for number, (anchor, *neighbors) in enumerate(rows if batch is batches.hard else []):
+            there_and_back = plane[[place for neighbor in neighbors for place in (anchor, neighbor)]]
+            axis.plot(*there_and_back.T, STYLES[number % 4], color=f"C{number}", linewidth=1.2, zorder=1)
+            axis.plot(*plane[anchor], MARKERS[number % 5], color=f"C{number}", markersize=9)
+        write_names(axis, plane[classes], names[classes])
     return figure
 
 
 def write_names(axis, points, names):
-    """Writes a name beside each point [N, 2], at the first of eight places where it covers no other name."""
-    axis.margins(0.12, 0.05)
+    """Writes a name near each point [N, 2], at the nearest place where it covers no point, no name and no border."""
+    axis.margins(0.17, 0.05)
     axis.figure.draw_without_rendering()  # settles where the axes are
-    taken = []
+    taken = [axis.bbox.frozen().from_bounds(x - 6, y - 6, 12, 12) for x, y in axis.transData.transform(points)]
+    sides = (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)
+    how = {"textcoords": "offset pixels", "ha": "center", "va": "center", "fontsize": 9}
+    how["arrowprops"] = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0}
+    how["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0}
     for point, name in sorted(zip(points.tolist(), names)):
-        for x, y in ((4, 3), (4, -9), (-4, 3), (-4, -9), (4, 13), (4, -19), (-4, 13), (-4, -19)):
-            how = {"xytext": (x, y), "textcoords": "offset points", "ha": "left" if x > 0 else "right"}
-            written = axis.annotate(name, point, fontsize=7, **how)
-            box = written.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
-                break
-            written.remove()
-        else:
-            written = axis.annotate(name, point, fontsize=7)
-        taken.append(written.get_window_extent())
+        written = axis.annotate(name, point, (0, 0), **how)
+        box = written.get_window_extent()
+        shifts = [(x * (box.width / 2 + far), y * (box.height / 2 + far)) for far in (8, 16, 28, 44) for x, y in sides]
+        boxes = [box.translated(*shift) for shift in shifts]
+        covered = [one.count_overlaps(taken) + 4 - axis.bbox.count_contains(one.corners()) for one in boxes]
+        best = covered.index(min(covered))
+        written.xyann = shifts[best]
+        written.arrow_patch.set_visible(best >= len(sides))
+        taken.append(boxes[best].padded(3))
 
 
 # Many cells: Figs. 3 and 4 --------------------------------------------------------------------------------------------
@@ -237,9 +222,8 @@ def bars(lines, settings):
     """
     figure, (axis,) = canvas(1, f"H over {settings}. DePT is implemented on CoOp alone.", 9, 3.8)
     for place, line in enumerate(lines):
-        hatch = "//" if "MAO" in line["row"] else ".." if "DePT" in line["row"] else ""
-        how = {"color": TONES[2] if hatch else TONES[1], "edgecolor": "black", "hatch": hatch}
-        bar = axis.bar(place, line["ours"], 0.7, yerr=line["spread"], capsize=4, **how)
+        color, hatch = ("C1", "//") if "MAO" in line["row"] else ("C2", "..") if "DePT" in line["row"] else ("C0", "")
+        bar = axis.bar(place, line["ours"], yerr=line["spread"], capsize=4, color=color, hatch=hatch, edgecolor="black")
         axis.bar_label(bar, fmt="%.1f", padding=3)
     axis.set_xticks(range(len(lines)), [line["row"].replace(" + ", "\n+ ") for line in lines])
     axis.set(ylabel="H, %", ylim=(0, 100))
@@ -256,10 +240,9 @@ def panels(lines, scores, xlabel, settings):
         found = [line for line in lines if line["score"] == score]
         x, y = [int(line["row"]) for line in found], [line["ours"] for line in found]
         axis.errorbar(x, y, [line["spread"] or 0 for line in found], color="black", marker="o", capsize=3)
-        axis.set(xlabel=xlabel, title=score, xticks=x)
-        if max(x) > 16:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(x, x)
+        axis.set(xlabel=xlabel, title=score)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, x)
     return figure
 
 
@@ -267,24 +250,34 @@ def panels(lines, scores, xlabel, settings):
 
 
 def curves(folders):
-    """Loss over the epochs of both phases, and the share of right pseudo-labels. folders: of rows, `Path`s."""
-    told = "each epoch's mean loss. MAO's runs over fewer candidates. Dotted: the new phase begins."
-    figure, axes = canvas(2, f"{', '.join(folder.name for folder in folders)}: {told}", 10)
+    """The mean loss over the epochs of all rows in one figure, and the share of right pseudo-labels.
+
+    Each phase has a panel per set of candidates: losses over different ones cannot be compared. The new phase is gray.
+    Markers of different sizes show rows that coincide. folders: of tuned rows, `Path`s.
+    """
+    panels, drawn = {}, {}  # {title: {number of the row: [(epoch, value)]}}, {number: its lines}
     for number, folder in enumerate(folders):
-        metrics, style = runs.read_metrics(folder), {"color": TONES[number % 3], "marker": MARKERS[number % 5]}
-        style["label"] = "with MAO" if runs.read_config(folder).method == "mao" else "without MAO"
-        axes[0].plot(range(1, len(metrics) + 1), [line["loss"] for line in metrics], markersize=4, **style)
-        first = sum(line["phase"] == "base" for line in metrics)
-        right = [line["pseudo_label_accuracy"] for line in metrics if "pseudo_label_accuracy" in line]
-        if first < len(metrics):
-            axes[0].axvline(first + 0.5, color="0.6", linestyle=":")
-        if right:
-            axes[1].plot(range(first + 1, first + 1 + len(right)), right, markersize=4, **style)
-    for axis in axes:
+        config = runs.read_config(folder)
+        base, new = len(config.classnames), len(config.new_classnames)
+        losses = {"base": f"mean loss over\nall {base} base classes", "new": f"mean loss over\nall {new} new classes"}
+        if config.method == "mao" and not (config.no_base or config.no_reg_base):
+            losses["base"] = f"mean loss over\nthe batch's classes, b = {config.anchors}, K = {config.top_k}"
+        if config.no_reg_new:
+            losses["new"] = f"mean loss over\nall {base} base and {new} new classes"
+        for line in runs.read_metrics(folder):
+            titles = {"loss": losses[line["phase"]], "pseudo_label_accuracy": "right pseudo-labels\nin percent"}
+            for key in titles.keys() & line.keys() if line["candidates"] else ():  # 0: all steps were left out
+                lines = panels.setdefault(f"{line['phase']} phase\n{titles[key]}", {})
+                lines.setdefault(number, []).append((line["epoch"], line[key]))
+    figure, axes = canvas(len(panels), "", 3.4 * len(panels), 3.8 + 0.2 * len(folders))
+    for axis, (title, lines) in zip(axes, sorted(panels.items())):
+        for number, points in lines.items():
+            style = {"color": f"C{number}", "fillstyle": "none", "markersize": 3 + 5 * 0.8**number}
+            drawn[number] = axis.plot(*zip(*points), MARKERS[number % 5] + STYLES[number % 4], **style)[0]
+        axis.set(title=title, xlabel="epoch", ylim=(0, 100 if "percent" in title else None))
+        axis.set_facecolor("white" if title.startswith("base") else "0.94")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    axes[0].legend()
-    axes[1].set(xlabel="epoch", ylabel="right pseudo-labels, %", ylim=(0, 100))
+    figure.legend([drawn[i] for i in sorted(drawn)], [folder.name for folder in folders], loc="outside upper center")
     return figure
 
 
@@ -311,24 +304,52 @@ def confusion(folder):
     zero_shot = ZeroShot(clip_model, task.base_names)
     tests = scores.TestImages(task, zero_shot, "cpu", config.workers or 0)
     sets = list(task.tests)[: 2 if "base" in task.tests else 1]  # of cross-dataset, the source
-    columns = [("zero-shot CLIP", zero_shot, None), *([("tuned prompts", learner, states)] if states else [])]
-    below = f"{folder.name}: rows are true classes, darker is more often, 0 to 100% of a row"
-    figure, axes = canvas(len(columns), below, 4 * len(columns), 4 * len(sets), rows=len(sets))
-    pairs = [(name, *column) for name in sets for column in columns]
-    for axis, (name, when, who, of_phases) in zip(axes, pairs):
-        test = task.tests[name]
-        scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", test)
+    columns = [("zero-shot CLIP", zero_shot, None), ("tuned prompts", learner, states)][: 2 if states else 1]
+    figure, axes = canvas(len(columns), folder.name, 4.3 * len(columns), 4 * len(sets), rows=len(sets))
+    for axis, (name, (when, who, of_phases)) in zip(axes, itertools.product(sets, columns)):
+        scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", task.tests[name])
         _, classes, labels = scores.top1(who, tests.batches(name, who), "cpu")
-        show_confusion(axis, labels, classes, len(test.names), f"{name} classes, {when}")
-        axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
+        shown = show_confusion(axis, labels, classes, task.tests[name].names, f"{name} classes, {when}")
+        axis.set(xlabel="predicted class", ylabel="true class")
+    figure.colorbar(shown, ax=axes, label="% of the true class's images", shrink=0.6)
     return figure
 
 
-def show_confusion(axis, labels, classes, count, title):
-    """Shows how often each of `count` classes is predicted as each. labels, classes: true and predicted, int64 [N]."""
-    table = torch.zeros(count, count).index_put_((labels, classes), torch.ones(len(labels)), accumulate=True)
-    axis.imshow(table / table.sum(dim=1, keepdim=True).clamp_min(1), cmap="gray_r", vmin=0, vmax=1)
-    axis.set_title(f"{title}: {100 * (classes == labels).float().mean().item():.1f}% right")
+def show_confusion(axis, labels, classes, names, title):
+    """Shows how often each class is predicted as each, in percent of a true class. Returns the image, for a color bar.
+
+    labels, classes: true and predicted, int64 [N]. names: of all classes.
+    """
+    table = torch.zeros(len(names), len(names)).index_put_((labels, classes), torch.tensor(1.0), accumulate=True)
+    shown = axis.imshow(100 * table / table.sum(dim=1, keepdim=True).clamp_min(1), cmap="Blues", vmin=0, vmax=100)
+    axis.set_title(f"{title}: {100 * (classes == labels).float().mean().item():.1f}% right", fontsize=10)
+    name_axes(axis, names)
+    return shown
+
+
+def name_axes(axis, names, which="both"):
+    """Writes class names beside a matrix of classes. which: its axes, "x", "y" or "both".
+
+    Up to 15 names are all written. More are written as groups of one first word ("blue circle", "blue cross"), where
+    that makes 2 to 15 groups, with a frame of the color that the word names. Otherwise every n-th name is written.
+    """
+    from matplotlib.colors import is_color_like
+
+    first_words = itertools.groupby(names, lambda name: name.split(" ")[0])
+    words, sizes = zip(*((word, len(list(group))) for word, group in first_words))
+    step, ends, between = -(-len(names) // 15), np.cumsum(sizes), []
+    ticks, written = range(0, len(names), step), names[::step]
+    if step > 1 and 2 <= len(words) == len(set(words)) <= 15:
+        ticks, written, between = ends - (np.array(sizes) + 1) / 2, words, ends[:-1] - 0.5
+    for side in (axis.xaxis, axis.yaxis):
+        if which in ("both", side.axis_name):
+            level = side is axis.xaxis and len(written) * max(map(len, written)) <= 32
+            side.set_ticks(ticks, written, fontsize=8, rotation=0 if level or side is axis.yaxis else 90)
+            side.set_ticks(between, minor=True)
+            side.grid(which="minor", color="0.8", linewidth=0.7)
+            for label in side.get_ticklabels() if written is words else []:
+                color = label.get_text() if is_color_like(label.get_text()) else "none"
+                label.set_bbox({"facecolor": "white", "edgecolor": color, "linewidth": 2, "pad": 1.5})
 
 
 # The demo's world -----------------------------------------------------------------------------------------------------
@@ -337,25 +358,27 @@ def show_confusion(axis, labels, classes, count, title):
 def demo_figure():
     """Images of pretraining with their captions, and the eleven domains with the same classes in each."""
     rng = np.random.default_rng(0)
-    figure = new_figure(15, 7, dpi=80, layout=None)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    figure = new_figure(13, 7, dpi=100, layout=None)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))
 
-    left.suptitle("pretraining: images and their captions")
+    left.suptitle("pretraining: images and their captions", fontsize=14)
     left.subplots_adjust(0.02, 0.02, 0.98, 0.88, 0.1, 0.5)
-    for axis in left.subplots(5, 4).flat:
+    for axis in left.subplots(5, 3).flat:
         name, light = rng.choice(demo.CLASSNAMES), rng.choice(demo.SEEN)
         axis.imshow(demo.draw(name, light, rng))
-        axis.set_title(caption(name, light, rng).replace(" of ", "\nof "), fontsize=8)
+        axis.set_title(caption(name, light, rng).replace(" of ", "\nof "), fontsize=11)
         axis.axis("off")
 
-    right.suptitle("the eleven few-shot domains (pretraining never saw the last five)")
-    right.subplots_adjust(0.14, 0.02, 0.99, 0.93, 0, 0.08)
-    names = demo.CLASSNAMES[3::8]
-    for axis, domain in zip(right.subplots(len(demo.LIGHTS), 1), demo.LIGHTS):
+    right.suptitle(f"the eleven few-shot domains ({demo.DEFAULT} is the default)", fontsize=14)
+    right.subplots_adjust(0.16, 0.02, 0.91, 0.93, 0, 0.08)
+    names, axes = demo.CLASSNAMES[3::9], right.subplots(len(demo.LIGHTS), 1)
+    for axis, domain in zip(axes, demo.LIGHTS):
         axis.imshow(np.concatenate([np.asarray(demo.read(f"{domain}/test/{name}/00")) for name in names], 1))
-        label = f"{domain} = demo" if domain == demo.DEFAULT else domain
-        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        axis.set_ylabel(domain, rotation=0, ha="right", va="center", fontsize=12)
         axis.set(xticks=[], yticks=[])
+    y = np.repeat([axes[-1].get_position().y0, axes[len(demo.SEEN)].get_position().y1], 2)
+    axes[0].plot([0.92, 0.935, 0.935, 0.92], y, color="black", clip_on=False, transform=right.transSubfigure)
+    right.text(0.95, y.mean(), "never seen in pretraining", rotation=270, va="center", fontsize=13)
     return figure
 
 
@@ -364,19 +387,20 @@ def main():
     parser = options.Parser("experiments.figures", __doc__)
     parser.add_argument("figure", choices=["method", "batch", "demo", "run"])
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="for run: those of finished runs")
-    parser.add_argument("--out", metavar="FILE", help="of batch and demo (default: assets/<figure>.png)")
+    parser.add_argument("--out", metavar="FILE", help="default: assets/<figure>.png, or curves.png beside the runs")
     args = parser.parse_args()
-    if bool(args.folders) != (args.figure == "run") or (args.folders and args.out):
-        parser.error("give the folders of finished runs with run alone, and --out with batch and demo alone")
+    if bool(args.folders) != (args.figure == "run"):
+        parser.error("give the folders of finished runs with run, and with run alone")
     if args.figure == "run":
-        for folder in map(pathlib.Path, args.folders):
-            if runs.read_config(folder).method != "zeroshot":
-                save(curves([folder]), folder / "curves.png")
-            save(confusion(folder), folder / "confusion.png")
+        folders = list(dict.fromkeys(map(pathlib.Path, args.folders)))
+        tuned = [folder for folder in folders if runs.read_config(folder).method != "zeroshot"]
+        if tuned:
+            print(save(curves(tuned), args.out or folders[0].parent / "curves.png"))
+        for folder in folders:
+            print(save(confusion(folder), folder / "confusion.png"))
     else:
-        draw = {"method": method_figure, "batch": lambda: batch_of_images(f"demo-{DOMAIN}"), "demo": demo_figure}
-        figure = draw[args.figure]()
-        save(figure, pathlib.Path(args.out or f"assets/{args.figure}.png"))
+        draw = {"method": method_figure, "batch": lambda: batch_of_images("demo-plain"), "demo": demo_figure}
+        print(save(draw[args.figure](), args.out or f"assets/{args.figure}.png"))
 
 
 if __name__ == "__main__":

@@ -105,22 +105,22 @@ def table_of_phase_2(cells):
 
 def figure(cells):
     """Left: H within each half and with all classes as candidates. Right: New before and after phase 2 over CLIP's."""
-    drawn, (left, right) = figures.canvas(2, f"the demo, {len(cells.domains)} domains, {len(cells.seeds)} seeds")
-    ways = ((-0.2, "candidates of one half", halves), (0.2, "all classes as candidates", generalized("one_list")))
-    for shift, label, scores in ways:
-        h, spread = zip(*(cells.summary(row, scores)["H"] for row in ROWS))
-        how = {"label": label, "color": "0.35" if shift < 0 else "0.75", "edgecolor": "black", "capsize": 3}
-        bars = left.bar([i + shift for i in range(3)], h, 0.38, yerr=[one or 0 for one in spread], **how)
-        left.bar_label(bars, fmt="%.1f", padding=3)
-    left.set_xticks(range(3), ROWS)
-    left.set(ylabel="H, %", ylim=(0, 100))
-    left.legend(loc="lower right")
-    new = {way: [one["new"] for results in cells.of(way) for one in results] for way in (*ROWS, BEFORE, "clip")}
-    for way, marker, label in ((BEFORE, "x", "after phase 1"), ("clip", "o", "after phase 2")):
-        right.plot(new["zero-shot CLIP"], new[way], marker, color="black", fillstyle="none", label=label)
-    right.axline((0, 0), slope=1, color="0.6", linewidth=1)
-    right.set(xlim=(0, 100), ylim=(0, 100), xlabel="New of zero-shot CLIP, %", ylabel="New of CoOp + MAO, %")
-    right.legend(loc="upper left")
+    drawn, (left, right) = figures.canvas(2, "", 10, 4.6)
+    drawn.suptitle("H depends on the candidates, and phase 2 draws New to that of zero-shot CLIP.")
+    ways = ((-0.1, "o", "candidates: one half", halves), (0.1, "s", "candidates: all classes", generalized("one_list")))
+    for shift, marker, label, scores in ways:
+        h, spread = zip(*((mean, spread or 0) for mean, spread in (cells.summary(row, scores)["H"] for row in ROWS)))
+        left.errorbar([i + shift for i in range(3)], h, spread, fmt=marker, ms=8, capsize=4, label=label)
+        for place, value in enumerate(h):
+            left.text(place + 2.8 * shift, value, f"{value:.1f}", ha="center", va="center")
+    left.set(title=f"(a) H, %, over {len(cells.domains)} domains", xlim=(-0.5, 2.5), xticks=range(3), xticklabels=ROWS)
+    left.set_ylim(bottom=min(60, left.get_ylim()[0]))
+    new = {way: [one["new"] for results in cells.of(way) for one in results] for way in (*ROWS, BEFORE)}
+    for way, marker, label in ((BEFORE, "x", "after phase 1"), ("CoOp + MAO", "o", "after phase 2")):
+        right.plot(new["zero-shot CLIP"], new[way], marker, fillstyle="none", label=label)
+    right.axline((0, 0), slope=1, color="0.6", linewidth=1, label="as zero-shot CLIP")
+    right.set(title="(b) New, %", xlabel="zero-shot CLIP", ylabel="CoOp + MAO", xlim=(0, 100), ylim=(0, 100))
+    drawn.legend(loc="outside lower center", ncols=5)
     return drawn
 
 
@@ -139,7 +139,7 @@ def main():
     if args.clip is None:
         print("\n" + table_of_phase_2(cells))
         if args.figure:
-            figures.save(figure(cells), pathlib.Path(args.figure))
+            figures.save(figure(cells), args.figure)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ BUDGETS = {  # harness: 1500 was planned; images, names and CLIPs as people have
     "harness": 1790,
     "baselines": 400,
     "experiments": 1360,
-    "docs, examples": 420,
+    "docs, examples": 520,
     "tests": 3000,
 }
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders

@@ -9,6 +9,7 @@ import sys
 
 import msgspec
 import pytest
+import torch
 from conftest import PROJECT
 
 from backbones import CoOp
@@ -168,7 +169,30 @@ def test_cells_run_once_and_one_that_fails_does_not_end_the_others(tmp_path):
     code = "import matplotlib, sys; matplotlib.use('svg'); from experiments import figures; figures.main()"
     told = "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", f"{code}; {told}", "run", str(folder)], check=True, cwd=PROJECT)
-    assert (folder / "curves.png").is_file() and (folder / "confusion.png").is_file()
+    assert (tmp_path / "curves.png").is_file() and (folder / "confusion.png").is_file()
+
+
+def test_curves_have_a_panel_per_set_of_candidates_and_none_is_empty(tmp_path):
+    cells = [tiny("plain", "backbone"), tiny("plain", "mao")]
+    assert not any(error for _, error, _ in sweep.serially(cells, tmp_path, 1, "cpu"))
+    folders = [tmp_path / sweep.parsed(cell)[1] for cell in cells]
+    panels = {axis.get_title().replace("\n", " "): len(axis.lines) for axis in figures.curves(folders).axes}
+    loss, right = "phase mean loss over", "new phase right pseudo-labels in percent"
+    base, batch = f"base {loss} all 50 base classes", f"base {loss} the batch's classes, b = 4, K = 8"
+    assert panels == {base: 1, batch: 1, f"new {loss} all 50 new classes": 1, right: 1}
+    assert len(figures.curves(folders[:1]).axes) == 1
+
+
+@pytest.mark.parametrize("names, written", [
+    (["b", "a c", "a d"], ["b", "a c", "a d"]),
+    ([f"{color} {i}" for color in ("red", "big") for i in range(9)], ["red", "big"]),
+    ([f"{color} {i}" for i in range(9) for color in ("red", "big")], [f"red {i}" for i in range(9)]),  # every second
+])  # fmt: skip
+def test_names_of_classes_beside_a_matrix(names, written):
+    axis = figures.canvas(1, "")[1][0]
+    figures.show_confusion(axis, torch.arange(3), torch.arange(3), names, "title")
+    assert [label.get_text() for label in axis.get_yticklabels()] == written
+    assert [label.get_text() for label in axis.get_xticklabels()] == written
 
 
 def test_a_killed_attempt_goes_on(tmp_path, monkeypatch):
