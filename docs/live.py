@@ -40,7 +40,7 @@ def keep(name, value):
 
 def all_values():
     """All values that were kept, for `python -m docs --check` to compare."""
-    return {"application/json": VALUES, "text/plain": "\n".join(f"{name}: {value}" for name, value in VALUES.items())}
+    return {"application/json": VALUES, "text/plain": f"{len(VALUES)} values, which python -m docs --check compares"}
 
 
 def image(figure, alt):
@@ -199,10 +199,11 @@ def regularized(live):
         losses[name], pushes[name] = keep(f"loss {name}", loss.item()), g.grad.norm(dim=-1)
     logits = similarity_logits(f, g_all, live.learner.logit_scale).numpy()
     figure, axes = plt.subplots(2, 1, figsize=(8.2, 5.2), layout="constrained", height_ratios=(2, 1))
-    shown = axes[0].imshow(logits, cmap="viridis", aspect="auto")
+    edges = (-0.5, len(g_all) - 0.5, len(f) + 0.5, 0.5)  # images are counted from 1, as in the table
+    shown = axes[0].imshow(logits, cmap="viridis", aspect="auto", extent=edges)
     for column in np.setdiff1d(np.arange(len(g_all)), classes.numpy()):
         axes[0].axvspan(column - 0.5, column + 0.5, color="0.85")
-    axes[0].plot(live.targets, range(len(f)), "o", markersize=3, markerfacecolor="none", color="crimson")
+    axes[0].plot(live.targets, range(1, len(f) + 1), "o", markersize=3, markerfacecolor="none", color="crimson")
     axes[0].set(ylabel="image of the batch", xticks=[])
     found = (
         f"loss over all {len(g_all)} classes {losses['over C_b']:.3f}, over the candidates {losses['over C̃′_b']:.3f}"
@@ -212,6 +213,7 @@ def regularized(live):
     x = np.arange(len(g_all))
     axes[1].bar(x - 0.2, pushes["over C_b"], 0.4, color=GRAY, label="loss over C_b")
     axes[1].bar(x + 0.2, pushes["over C̃′_b"], 0.4, color="black", label="loss over the candidates (Eq. 6)")
+    axes[1].set_xlim(edges[:2])
     figures.name_axes(axes[1], live.names, "x")
     axes[1].set_ylabel("gradient of g, norm")
     axes[1].legend(fontsize=8)
@@ -275,7 +277,7 @@ def pseudo_labels(live):
             axis.bar(low + 0.05, right[inside].float().mean(), 0.09, color=GRAY, edgecolor="black", linewidth=0.5)
             axis.text(low + 0.05, 0.02, int(inside.sum()), ha="center", fontsize=7)
     axis.plot([0, 1], [0, 1], "k--", linewidth=0.8)
-    axis.set(xlabel="confidence; the number of images", ylabel="share right", title=f"right: {share:.1f}% of views")
+    axis.set(xlabel="confidence (at a bar's foot: its number of images)", ylabel="share right", title=f"right: {share:.1f}% of views")
     return image(figure, "unlabeled images with pseudo-labels; the share that is right by confidence")
 
 

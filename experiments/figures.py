@@ -361,7 +361,7 @@ def demo_figure():
     figure = new_figure(13, 7, dpi=100, layout=None)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))
 
-    left.suptitle("pretraining: images and their captions", fontsize=14)
+    left.suptitle("pretraining: images, captions (some imprecise)", fontsize=14)
     left.subplots_adjust(0.02, 0.02, 0.98, 0.88, 0.1, 0.5)
     for axis in left.subplots(5, 3).flat:
         name, light = rng.choice(demo.CLASSNAMES), rng.choice(demo.SEEN)
