@@ -1,16 +1,22 @@
 """Classifies your images with tuned prompts, and writes the result as CSV: path, class, confidence.
 
-    python predict.py photo.jpg --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt
-    python predict.py photos --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt --out photos.csv
-    python predict.py --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt --export model.onnx
+    python predict.py photo.jpg --run runs/demo-coop-mao-seed1
+    python predict.py photos more/photo.jpg --run runs/demo-coop-mao-seed1 --candidates new --out photos.csv
+    python predict.py photos --prompt runs/demo-coop-mao-seed1/new.safetensors --classes names.txt
+    python predict.py --run runs/demo-coop-mao-seed1 --export model.onnx
 
-The confidence is the probability of that class among the candidates (Eq. 3). An image that cannot be read has a row
-without a class; the command then ends with exit code 1.
+With --run, the candidates are all classes of the run, base and new, each with its own phase's prompts, as one deploys
+them; --candidates takes one half. The confidence is the probability of that class among the candidates (Eq. 3). An
+image that cannot be read has a row without a class; the command then ends with exit code 1. From Python:
+
+    import predict
+    from PIL import Image
+    classify = predict.load_classifier("runs/demo-coop-mao-seed1")
+    print(classify([Image.open("photo.jpg")]))  # [(class, confidence)]
 """
 
 import csv
 import io
-import os
 import pathlib
 import sys
 
@@ -23,28 +29,68 @@ from baselines import BASELINES
 from harness import images, runs
 from harness.cli import printable, run_main
 from harness.clips import load_clip_of
-from harness.export import export
+from harness.export import export, is_own
 from harness.files import open_atomic, wrap_os_errors
 from harness.folders import read_names
-from harness.options import Parser, Workers, checked
+from harness.options import Device, Parser, Workers, checked
 from harness.scores import check_finite, scorer
 from harness.tuning import choose_device
 
 
-def load_learner(prompt, classnames, clip=None, device="cpu"):
-    """The prompt learner of a file that run.py wrote, with these class names: (learner, the file's header, a dict).
+def load_learner(prompt, classnames=None, clip=None, device="cpu", opened=None):
+    """The prompt learner of a file that run.py or the authors' trainers wrote: (learner, the file's header, a dict).
 
-    clip: where its CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, or another CLIP.
+    classnames: the candidates; None: those that the file names. clip: where its CLIP is now, if not where it was.
+    opened: this CLIP and its SHA-256, if they are loaded already. ValueError, FileNotFoundError: not such a file, no
+    class names, or another CLIP.
     """
     header = runs.read_header(prompt)
-    clip_model, sha256 = load_clip_of(asdict(header), device, clip)
+    if classnames is None and not header.candidates:
+        raise ValueError(f"{prompt} does not name the classes that it is for: give them with --classes")
+    names = classnames or header.candidates
+    clip_model, sha256 = opened or load_clip_of(asdict(header), device, clip)
     state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
-    tuned_on = header.classnames or classnames  # an older file does not name them
+    tuned_on = header.classnames or names  # an older file does not name them
     about = header.backbone, header.settings, clip_model, tuned_on, [state], where
     learner = runs.build_learner(BACKBONES | BASELINES, *about)
     with torch.no_grad():
-        learner.set_classes(classnames)
-    return learner, asdict(header)
+        learner.set_classes(names)
+    return learner, {**asdict(header), "candidates": names, "clip_sha256": sha256}
+
+
+def load_run(folder, candidates=None, clip=None, device="cpu"):
+    """The prompt learners of a finished run, on one CLIP: ([learner, ...], the header, a dict, class names).
+
+    candidates: "base", "new" or "all", base classes first; None: all that the run has. clip: as of `load_learner`.
+    ValueError, FileNotFoundError: as `load_learner`; the run is not finished, has no prompts, or no new classes.
+    """
+    folder = pathlib.Path(folder)
+    config, found = runs.read_config(folder), []
+    if config.method == "zeroshot" or runs.read_result(folder) is None:
+        raise ValueError(f"{folder} is not a finished run that tuned prompts: give the folder of one")
+    halves = {"base": config.classnames, "new": config.new_classnames}
+    if candidates == "new" and not config.new_classnames:
+        raise ValueError(f"--candidates new: {folder} has no new classes; give base, or leave it out")
+    for half, names in halves.items():
+        if names and candidates in (None, "all", half):
+            file = folder / f"{half if config.new else 'base'}.safetensors"
+            opened = (found[0][0].clip_model, found[0][1]["clip_sha256"]) if found else None
+            found.append(load_learner(file, names, clip, device, opened))
+    return [learner for learner, _ in found], found[0][1], [n for _, header in found for n in header["candidates"]]
+
+
+def load_classifier(run, candidates=None, clip=None, device="cpu"):
+    """A function from a list of PIL images to a list of (class name, confidence). Arguments and errors: `load_run`."""
+    learners, _, classes = load_run(run, candidates, clip, device)
+    transform, logits = images.test_transform(learners[0].clip_model.visual.input_resolution), scorer(*learners)
+
+    @torch.no_grad()
+    def classify(photos):
+        pixels = torch.stack([transform(images.as_shown(photo)) for photo in photos])
+        found = check_finite(logits(images.model_input(pixels.to(device)))).float().softmax(dim=-1).max(dim=-1)
+        return [(classes[label], share) for share, label in zip(found.values.tolist(), found.indices.tolist())]
+
+    return classify
 
 
 class ImagesOrErrors(images.Images):
@@ -62,25 +108,25 @@ class ImagesOrErrors(images.Images):
 
 
 @torch.no_grad()
-def predict(learner, batches, device="cpu"):
+def predict(learners, batches, device="cpu"):
     """Yields, batch by batch, the probabilities [B, C] of the classes (Eq. 3), and each image's error or "".
 
-    batches: a loader of an `ImagesOrErrors`.
+    learners: on one CLIP; C counts the classes of all. batches: a loader of an `ImagesOrErrors`.
     """
-    logits = scorer(learner)
-    for pixels, errors in tqdm(batches, unit="batch"):
+    logits = scorer(*learners)
+    for pixels, errors in tqdm(batches, unit="batch", disable=None):
         yield check_finite(logits(images.model_input(pixels.to(device)))).float().softmax(dim=-1).cpu(), errors
 
 
 def write_table(out, paths, classes, batches):
     """The CSV file `out`: for each path, the most likely class and its probability; nothing for an unreadable image.
 
-    Rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
+    It begins with a byte order mark, which tells Excel that it is UTF-8. Rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
     `predict`. Yields each batch again when it is written. OSError: it cannot be written.
     """
     paths = iter(paths)
     with open_atomic(out) as file:
-        table = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
+        table = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="", write_through=True)
         rows = csv.writer(table)
         rows.writerow(["path", "class", "confidence"])
         for probabilities, errors in batches:
@@ -103,31 +149,35 @@ def parse(arguments=None):
     """The command line of predict.py. ValueError, FileNotFoundError: what it names cannot be used."""
     parser = Parser("predict.py", __doc__)
     add = parser.add_argument
+    tuned = parser.add_mutually_exclusive_group(required=True).add_argument
     # fmt: off
-    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="?", help="an image, or a folder with subfolders")
-    add("--prompt", required=True, metavar="FILE", help="prompts that run.py left: new.safetensors for the new "
-        "classes, base.safetensors for the base classes")
-    add("--classes", required=True, metavar="FILE", help="the candidates' names, one per line")
+    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="*", help="images, and folders with subfolders")
+    tuned("--run", metavar="DIR", help="the folder of a finished run: its prompts and its class names")
+    add("--candidates", choices=["all", "base", "new"], help="the classes of --run (default: all that it has)")
+    tuned("--prompt", metavar="FILE", help="a file of prompts instead: a run's base.safetensors or new.safetensors, or "
+        "model.pth.tar-N of the authors' trainers of CoOp, MaPLe and PromptSRC")
+    add("--classes", metavar="FILE", help="the candidates of --prompt, one per line (default: those that it names)")
     add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
     add("--export", type=pathlib.Path, metavar="FILE", help="write the tuned classifier for other programs: "
         ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (harness/export.py)")
     add("--clip", metavar="CLIP", help="the frozen CLIP, if it is not where the run had it")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--device", type=checked(Device), metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda where there is "
+        "one)")
     add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
     # fmt: on
     args = parser.parse_args(arguments)
-    if args.images is None and args.export is None:
+    if not args.images and args.export is None:
         raise ValueError("nothing to do: give an image or a folder, or --export FILE")
-    if args.images is not None and not args.images.exists():
-        raise FileNotFoundError(f"there is no image or folder {args.images}: give one")
-    written = {"--out": args.out, "--export": args.export}
-    named = {"--prompt": args.prompt, "--classes": args.classes, "the image": args.images, **written}
-    for option, path in written.items():
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if (args.run and args.classes) or (args.prompt and args.candidates):
+        raise ValueError("--candidates belongs to --run, and --classes to --prompt: leave one out")
+    for place in args.images:
+        if not place.exists():
+            raise FileNotFoundError(f"there is no image or folder {place}: give one")
+    for option, path in (("--out", args.images and args.out), ("--export", args.export)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{option} {path} must be a file in a folder that exists: give another")
-        for other, there in named.items():
-            if path and there and other != option and os.path.realpath(path) == os.path.realpath(there):
-                raise ValueError(f"{option} {path} is {other} too, which it would replace: give another file")
+        if path and not is_own(path, ".csv" if option == "--out" else path.suffix):
+            raise ValueError(f"{option} {path} is there, and predict.py did not write it: give another file")
     return args
 
 
@@ -136,27 +186,31 @@ def main(arguments=None):
     args = parse(arguments)
     onnx = args.export is not None and args.export.suffix == ".onnx"  # an ONNX file is for any device
     device = choose_device("cpu" if onnx else args.device)
-    classes = read_names(args.classes)
-    learner, header = load_learner(args.prompt, classes, args.clip, device)
+    if args.run:
+        learners, header, classes = load_run(args.run, args.candidates, args.clip, device)
+    else:
+        learner, header = load_learner(args.prompt, args.classes and read_names(args.classes), args.clip, device)
+        learners, classes = [learner], header["candidates"]
     if args.export is not None:
-        export(args.export, learner, header, classes)
+        export(args.export, learners, header, classes)
         print(printable(f"{len(classes)} classes in {args.export}"))
-    if args.images is not None:
-        return classify(args, learner, classes, device)
+    if args.images:
+        return classify(args, learners, classes, device)
 
 
-def classify(args, learner, classes, device):
+def classify(args, learners, classes, device):
     """Predicts, writes the table, and prints the top 5 of a single image. Returns 1 where an image could not be read.
 
     UnreadableImage: the single image cannot be read.
     """
-    single, folder = args.images.is_file(), args.images
-    names, folder = ([folder.name], folder.parent) if single else (images.find_images(folder), folder)
-    dataset = ImagesOrErrors(names, images.FolderReader(folder), learner.clip_model.visual.input_resolution)
+    paths, wrong = [], []
+    for place in args.images:
+        paths += [place / name for name in images.find_images(place)] if place.is_dir() else [place]
+    single, pixels = args.images == paths[:1], learners[0].clip_model.visual.input_resolution
+    dataset = ImagesOrErrors(paths, images.FolderReader(pathlib.Path()), pixels)
     workers = args.workers if args.workers is not None else 0 if single else images.default_workers()
-    batches, wrong = images.loader(dataset, workers, prefetch_factor=1, batch_size=64), []
-    found = predict(learner, batches, device)
-    for probabilities, errors in write_table(args.out, (folder / name for name in names), classes, found):
+    found = predict(learners, images.loader(dataset, workers, prefetch_factor=1, batch_size=64), device)
+    for probabilities, errors in write_table(args.out, paths, classes, found):
         wrong += [error for error in errors if error]
         if single and wrong:
             raise images.UnreadableImage(wrong[0])
@@ -164,9 +218,9 @@ def classify(args, learner, classes, device):
     if single:
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):
             print(f"{100 * probability:6.2f}%  {printable(classes[label])}")
-    print(printable(f"1 image in {args.out}" if len(names) == 1 else f"{len(names)} images in {args.out}"))
+    print(printable(f"1 image in {args.out}" if len(paths) == 1 else f"{len(paths)} images in {args.out}"))
     if wrong:
-        headline = f"predict.py: {len(wrong)} of {len(names)} images have no class there:"
+        headline = f"predict.py: {len(wrong)} of {len(paths)} images have no class there:"
         print(headline, *map(printable, wrong), sep="\n", file=sys.stderr)
         return 1
 

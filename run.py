@@ -6,6 +6,7 @@
     python run.py --dataset folder --root DIR --unlabeled DIR2 --new-classes names.txt            your own images
     python run.py --eval runs/demo-coop-mao-seed1        scores a finished run again
     python run.py --resume                               continues a stopped run
+    python run.py --seed 1 2 3                           three runs, their mean and standard deviation
 
 Each row of the table leaves its prompts and scores in a folder under --out.
 """
@@ -30,7 +31,7 @@ from harness import folders, runs, scores
 from harness.cli import printable, run_main, warn
 from harness.clips import load_clip_of
 from harness.images import ShuffledBatches
-from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer
+from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer, make_scaler
 from mao import backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler
@@ -104,7 +105,7 @@ def base_phase(learner, task, args, record):
     batches = PhaseBatches(1, learner, task, sampler, args)  # the sampler's images, augmented, with their labels
     # SGD for the paper's three learners (Table 6), new in each phase; args.base.lr is its highest rate
     optimizer = make_optimizer(learner, args.base.lr, args.recipe)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")  # otherwise it changes nothing
+    scaler = make_scaler(args)  # of fp16 on a GPU; otherwise it changes nothing
     # 1..epochs; with --resume those that are left, and learner, optimizer and scaler are restored first
     for epoch in record.epochs_left("base", args.base.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.base.epochs)
@@ -132,7 +133,7 @@ def new_phase(learner, task, args, record):
     sampler = ShuffledBatches(len(task.new_train), args.new.batch_size, args.seed)
     batches = PhaseBatches(2, learner, task, sampler, args)  # with indices instead of labels
     optimizer = make_optimizer(learner, args.new.lr, args.recipe)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    scaler = make_scaler(args)
     for epoch in record.epochs_left("new", args.new.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.new.epochs)
         labeled = []  # indices and pseudo-labels; only the evaluation knows which of them are right
@@ -181,36 +182,52 @@ def main(arguments=None):
         return
     learner_class = LEARNERS[typed.backbone]
     options.check_learner(typed, learner_class)
-    args = machine_defaults(typed)
-    task = open_task(args)
-    if args.dataset == "folder":
-        print(f"{folders.describe(task)}\n--protocol few-shot tunes and tests on all classes instead", file=sys.stderr)
-    clip_model, sha256 = load_clip_of(asdict(args), args.device)
-    args = fill_defaults(args, task, learner_class)
-    zero_shot = ZeroShot(clip_model, task.base_names)
-    tests = scores.TestImages(task, zero_shot, args.device, args.workers)
-    check_names(learner_class(clip_model, task.base_names, **options.learner_settings(args, learner_class)), task)
+    args, seeds, tables = machine_defaults(typed), typed.seed, []
+    for seed in seeds if isinstance(seeds, tuple) else [seeds]:
+        args = replace(args, seed=seed)
+        task = open_task(args)
+        if not tables:  # all seeds have the same classes and test images
+            if args.dataset == "folder":
+                more = "--protocol few-shot tunes and tests on all classes instead"
+                print(f"{folders.describe(task)}\n{more}", file=sys.stderr)
+            clip_model, sha256 = load_clip_of(asdict(args), args.device)
+            args = fill_defaults(args, task, learner_class)
+            tests = scores.TestImages(task, ZeroShot(clip_model, task.base_names), args.device, args.workers)
+            settings = options.learner_settings(args, learner_class)
+            check_names(learner_class(clip_model, task.base_names, **settings), task)
+        row = replace(typed, seed=seed), args, task, clip_model, sha256, tests
+        tables.append([(method, [run_row(method, *row)]) for method in args.method])
+        scores.print_table(args, tables[-1], learner_class.__name__)
+    if tables[1:]:
+        rows = [(of_seeds[0][0], [result for _, (result,) in of_seeds]) for of_seeds in zip(*tables)]
+        scores.print_table(replace(args, seed=seeds), rows, learner_class.__name__)
+    last = pathlib.Path(args.out) / runs.folder_name(replace(typed, seed=args.seed), args.method[-1])
+    print(printable(f"Prompts and scores are in {args.out}/. Next: python -m experiments.figures run {last}"))
 
-    rows = []
-    for number, method in enumerate(args.method, 1):
-        title = f"[{number}/{len(args.method)}] {scores.row_name(method, learner_class.__name__)}"
-        config = runs.row_settings(args, method, learner_class, task, sha256)
-        folder = pathlib.Path(args.out) / runs.folder_name(typed, method)
-        with runs.run_lock(folder):
-            record = runs.Record(folder, config, title, args.resume, args.force)
-            if record.result:
-                warn(f"{folder} is there already: its scores are shown; --force tunes it again")
-            else:
-                record.write_lists(task.lists)
-                learner, states = zero_shot, None
-                if method != "zeroshot":
-                    torch.manual_seed(args.seed)
-                    learner = learner_class(clip_model, task.base_names, **config.learner_settings)
-                    states = tune(learner, task, config, record)
-                record.finish(scores.score(learner, states, task, tests), learner)
-            rows.append((method, record.result))
-    scores.print_table(args, rows, learner_class.__name__)
-    print(printable(f"Prompts and scores are in {args.out}/. Next: python -m experiments.figures run {folder}"))
+
+def run_row(method, typed, args, task, clip_model, sha256, tests):
+    """Tunes and scores one row, unless it is finished already. Returns its result, a dict.
+
+    typed: the settings as the user typed them, of one seed. args: with all defaults filled in.
+    """
+    learner_class = LEARNERS[args.backbone]
+    number, of_seed = 1 + args.method.index(method), f", seed {args.seed}" if args.seed != 1 else ""
+    title = f"[{number}/{len(args.method)}] {scores.row_name(method, learner_class.__name__)}{of_seed}"
+    config = runs.row_settings(args, method, learner_class, task, sha256)
+    folder = pathlib.Path(args.out) / runs.folder_name(typed, method)
+    with runs.run_lock(folder):
+        record = runs.Record(folder, config, title, args.resume, args.force)
+        if record.result:
+            warn(f"{folder} is there already: its scores are shown; --force tunes it again")
+            return record.result
+        record.write_lists(task.lists)
+        learner, states = tests.zero_shot, None
+        if method != "zeroshot":
+            torch.manual_seed(args.seed)
+            learner = learner_class(clip_model, task.base_names, **config.learner_settings)
+            states = tune(learner, task, config, record)
+        record.finish(scores.score(learner, states, task, tests), learner)
+    return record.result
 
 
 def check_names(learner, task):
@@ -246,7 +263,7 @@ def score_again(folder, typed):
         learner = runs.build_learner(LEARNERS, name, of_class, clip_model, task.base_names, states.values(), where)
     found = scores.score(learner, states, task, tests)
     runs.warn_of_difference(folder, result, found)
-    scores.print_table(config, [(config.method, {**result, **found})], LEARNERS[config.backbone].__name__)
+    scores.print_table(config, [(config.method, [{**result, **found}])], LEARNERS[config.backbone].__name__)
 
 
 if __name__ == "__main__":

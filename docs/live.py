@@ -285,7 +285,7 @@ def pseudo_labels(live):
 
 
 def predictions(live, after):
-    """(score, class, label), each [N], of the new classes' test images, by MAO's prompts after a phase."""
+    """What `scores.top1` returns of the new classes' test images, by MAO's prompts after a phase."""
     learner = CoOp(live.clip, live.new_names)
     learner.load_state_dict(live.states["mao"][after])
     return scores.top1(learner, live.tests.batches("new", learner), "cpu")

@@ -308,7 +308,7 @@ def confusion(folder):
     figure, axes = canvas(len(columns), folder.name, 4.3 * len(columns), 4 * len(sets), rows=len(sets))
     for axis, (name, (when, who, of_phases)) in zip(axes, itertools.product(sets, columns)):
         scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", task.tests[name])
-        _, classes, labels = scores.top1(who, tests.batches(name, who), "cpu")
+        _, classes, labels, _ = scores.top1(who, tests.batches(name, who), "cpu")
         shown = show_confusion(axis, labels, classes, task.tests[name].names, f"{name} classes, {when}")
         axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(shown, ax=axes, label="% of the true class's images", shrink=0.6)

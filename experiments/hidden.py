@@ -11,12 +11,13 @@ import pathlib
 import statistics
 
 from experiments import figures, sweep
-from experiments.tables import markdown, over_datasets, over_seeds, text
+from experiments.tables import markdown, over_datasets
 from harness import demo
 from harness.cli import run_main
 from harness.files import Index, make_folder
 from harness.options import Parser, checked
 from harness.runs import read_metrics, run_lock
+from harness.scores import over_seeds, text
 
 ROWS = {"zero-shot CLIP": "--method zeroshot", "CoOp": "--method backbone", "CoOp + MAO": "--method mao"}
 BEFORE = "before phase 2"

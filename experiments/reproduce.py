@@ -25,14 +25,14 @@ from msgspec import Meta
 from baselines import BASELINES
 from experiments import figures, sweep
 from experiments.bench import PAPERS_THREE, Meter
-from experiments.tables import markdown, over_datasets, over_seeds, text
+from experiments.tables import markdown, over_datasets
 from harness import demo, options
 from harness.cli import printable, run_main, warn
 from harness.files import Count, Index, atomic_write, make_folder
 from harness.folders import DEMOS
 from harness.layouts import LAYOUTS
 from harness.runs import read_metrics, run_lock
-from harness.scores import harmonic_mean, scorer
+from harness.scores import harmonic_mean, over_seeds, scorer, text
 from run import LEARNERS
 
 PAPER = json.loads(pathlib.Path(__file__).with_name("paper.json").read_text())  # its tables; notes say what is missing

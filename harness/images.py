@@ -207,8 +207,9 @@ def model_input(images):
 
 
 def default_workers():
-    """How many processes load images if the user gives no number: one per core, at most 8."""
-    return min(8, os.cpu_count() or 1)
+    """How many processes load images if the user gives no number: one per core that it may use, at most 8."""
+    allowed = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))  # macOS and Windows lack it
+    return min(8, len(allowed(0)))
 
 
 class Images(Dataset):

@@ -63,6 +63,7 @@ Protocol = Literal["base-to-new", "cross-dataset", "few-shot"]
 Method = Literal["zeroshot", "backbone", "mao"]
 Activation = Literal["quickgelu", "gelu"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Annotated[str, Meta(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")]
 Workers = Annotated[int, Meta(ge=0, le=1000)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
 
@@ -93,7 +94,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     new_test: option(Name | None, "for --unlabeled: labeled images of the new classes, DIR/<class name>/*.jpg") = None
     shots: option(Size, "labeled images per base class (appendix B)", COMMON) = 16
     unlabeled_shots: option(Size | None, "unlabeled images per new class (default: as --shots; Fig. 4 right)") = None
-    seed: option(Index, "of all draws; the paper has 3 runs", COMMON) = 1
+    seed: option(Index | tuple[Index, ...], "of all draws; of several, such as the paper's 1 2 3, the table has the mean "
+                 "and the standard deviation too", COMMON) = 1
 
     # Model (Table 6)
     backbone: option(Name, "the prompt learner: coop, maple, promptsrc (Table 1), or one of the baselines cocoop, "
@@ -131,7 +133,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     # Machine and files
     precision: option(Precision, "of CLIP's matrices; auto: fp32 on a CPU, bf16 or fp16 on a GPU") = "auto"
-    device: option(Literal["cpu", "cuda"] | None, "default: cuda where there is one", MACHINE) = None
+    device: option(Device | None, "cpu, cuda, cuda:1 (the second GPU) or mps (Apple's GPU); default: cuda where there is "
+                   "one", MACHINE) = None
     workers: option(Workers | None, "processes that load images (default: one per core, at most 8; demo: none)",
                     MACHINE) = None
     threads: option(Threads | None, "of PyTorch on a CPU; the last digits depend on it (default: one per core; demo: "
@@ -151,6 +154,7 @@ class Config(Settings):
     """config.json: the settings in force for one row, and what else its result depends on."""
 
     method: Method
+    seed: Index
     learner_settings: dict[str, int | float | str | None]
     base: Recipe | None  # the recipe of phase 1; None: the row does not have the phase
     new: Recipe | None  # the recipe of phase 2
@@ -208,11 +212,11 @@ def parser(description=None, everything=True, choices=None):
     found.add_argument("--help-all", action="store_true", help="show all options, and exit")
     for name, annotated in FIELDS.items():
         kind, about, default = annotated.__origin__, annotated.__metadata__[-1], getattr(DEFAULTS, name)
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind  # of each value
+        several = next((one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is tuple), None)
+        kind = typing.get_args(several)[0] if several else kind  # of each value
         text = about.description.replace("%", "%%")
         if default not in (None, False, (), ("all",)):
-            text += f" (default: {' '.join(default) if several else default})"
+            text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
         how = {"help": text if everything or COMMON in about.extra["marks"] else argparse.SUPPRESS}
         literals = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is Literal]
         if kind is bool:
@@ -241,6 +245,8 @@ def parse(arguments=None, description=None, choices=None):
     found = vars(options.parse_args(["--help"] if everything else words))
     del found["help_all"]
     several = {name: tuple(dict.fromkeys(value)) for name, value in found.items() if isinstance(value, list)}
+    if len(several.get("seed", ())) == 1:  # one run has one
+        several["seed"] = several["seed"][0]
     settings = Settings(**{**found, **several})  # each value once
     try:
         check(settings)

@@ -32,9 +32,9 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from harness.cli import warn
+from harness.cli import printable, warn
 from harness.files import Index, Items, Name, Real, Split, atomic_write, decode, fingerprint, make_folder, read_json
-from harness.options import MACHINE_SETTINGS, Config, learner_settings, recipes, typed
+from harness.options import FIELDS, MACHINE_SETTINGS, Config, learner_settings, recipes, typed
 
 try:
     import resource
@@ -55,7 +55,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     dataset: Name | None = None
     clip_activation: str | None = None
     clip_head_width: int | None = None
-    classnames: list[Name] | None = None
+    classnames: list[Name] | None = None  # that phase 1 tuned on
+    candidates: list[Name] | None = None  # that these prompts classify
 
 
 class Lists(msgspec.Struct):
@@ -141,23 +142,25 @@ def versions():
 
 @contextlib.contextmanager
 def run_lock(folder):
-    """Keeps other runs out of a folder. ValueError: another run has it.
+    """Keeps other runs out of a folder. ValueError: another run has it. OSError: there is no place for the folder.
 
-    The lock is a file beside the folder, and ends with the process however that ends.
+    The lock is a file beside the folder, and ends with the process however that ends. Where a disk cannot lock, or
+    nothing can be written, it warns and goes on: a finished run can be shown.
     """
     make_folder(folder.parent)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
-    except (filelock.Timeout, OSError) as error:
-        if isinstance(error, OSError) and not os.path.exists(lock.lock_file):
-            raise OSError(f"cannot write beside {folder}: give another --out") from error
+    except filelock.Timeout as error:
         raise ValueError(f"another run is writing into {folder}: wait for it, or give another --out") from error
+    except (OSError, NotImplementedError) as error:
+        warn(f"{folder} cannot be locked ({error}): start no other run that writes there, or give another --out")
     try:
         yield
     finally:
-        pathlib.Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 class Record:
@@ -180,7 +183,8 @@ class Record:
             self.refuse_others(self.folder, "finished")
             if not force:
                 self.result = read_result(self.folder)
-                (self.folder / "resume.pt").unlink(missing_ok=True)  # killed between the two
+                with contextlib.suppress(OSError):  # the folder may be one to read alone
+                    (self.folder / "resume.pt").unlink(missing_ok=True)  # killed between the two
                 return
             if self.previous.is_dir():
                 self.refuse_others(self.previous, "finished")
@@ -200,6 +204,8 @@ class Record:
                 self.metrics, self.seconds = self.state["metrics"], self.state["seconds"]
                 self.write_metrics()
                 return
+        if resume and config.base:
+            print(printable(f"{title}: no stopped run to resume, so it starts{self.nearest_run()}"), file=sys.stderr)
         make_folder(self.folder)
         for name in ("metrics.jsonl", "base.safetensors", "new.safetensors", "result.json", "lists.json", "resume.pt"):
             (self.folder / name).unlink(missing_ok=True)  # what a stopped run left
@@ -221,6 +227,18 @@ class Record:
         bits = sorted(differing & {"device", "threads", "versions"})
         if kind == "stopped" and bits:
             warn(f"the stopped run had another {', '.join(bits)}: it may not continue bit-identically")
+
+    def nearest_run(self):
+        """What the most similar run beside this one has for other settings: the end of a sentence, or nothing."""
+        here, found = msgspec.to_builtins(self.config), []
+        for path in self.folder.parent.glob("*/config.json"):
+            with contextlib.suppress(ValueError, OSError):  # broken, or of another version
+                there = msgspec.to_builtins(read_config(path.parent))
+                names = [name for name in FIELDS if real_path(there[name]) != real_path(here[name])]
+                told = [f"{name} {there[name]} instead of {here[name]}" for name in names if name not in MACHINE_SETTINGS]
+                if there["method"] == here["method"] and told:
+                    found.append((len(told), path.parent.name, ", ".join(told)))
+        return f"; {min(found)[1]} has {min(found)[2]}" if found else ""
 
     def write_lists(self, lists):
         """Writes lists.json. lists: a `Lists`, or None where there is nothing to keep."""
@@ -300,7 +318,8 @@ class Record:
         """Writes the learner's state dict as `name`.safetensors; its header says what it belongs to."""
         config = msgspec.structs.asdict(self.config)
         known = {field: config[field] for field in Header.__struct_fields__ if field in config}
-        header = msgspec.to_builtins(Header(settings=config["learner_settings"], **known))
+        names = self.config.classnames if name == "base" else self.config.new_classnames
+        header = msgspec.to_builtins(Header(settings=config["learner_settings"], candidates=names, **known))
         state = {key: value.detach().cpu().contiguous() for key, value in learner.state_dict().items()}
         # One key: safetensors writes several in an order that changes from run to run.
         atomic_write(self.folder / f"{name}.safetensors", safetensors.torch.save(state, {"mao": json.dumps(header)}))
@@ -374,7 +393,8 @@ def read_result(folder):
     path, advice = pathlib.Path(folder) / "result.json", "move the folder away and run it again"
     if not path.exists():
         return None
-    result = read_json(path, dict[str, Index | Real | dict[str, Real] | None], advice)
+    kind = dict[str, Index | Real | dict[str, Real | list[dict[str, str | Real | None]]] | None]
+    result = read_json(path, kind, advice)
     if None in (result.get("seconds"), result.get("learnable_parameters")) or "peak_mib" not in result:
         raise ValueError(f"{path} is broken (it lacks what the row cost): {advice}")
     return result
@@ -440,7 +460,7 @@ def restart_peak():
 
 def peak_mib(device):
     """Peak memory in MiB, of the GPU or of the process, since `restart_peak`; None on Windows."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     if resource is None:
         return None

@@ -20,33 +20,42 @@ from harness.images import (
 )
 from harness.options import SGD, WARMUP_LR, paper_batch
 
+OLDEST = (2, 9)  # the PyTorch that this needs
+
 
 def machine_defaults(args):
     """The settings with CLIP, device, workers, threads and precision filled in; sets PyTorch's threads.
 
-    args: `options.Settings`. Says on stderr which precision CLIP runs in. ValueError: no GPU where one was asked for.
+    args: `options.Settings`. Says on stderr which precision CLIP runs in. ValueError: as `choose_device`.
     """
     demo = args.dataset.startswith("demo")
     clip = args.clip or ("demo" if demo else "ViT-B/16")
     device, precision, workers = choose_device(args.device), args.precision, args.workers
     if precision == "auto":
         precision = "fp32"
-        if device == "cuda":
+        if device.startswith("cuda"):
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if workers is None:
         workers = 0 if demo else default_workers()  # drawing the demo's images is faster than handing them over
     threads = args.threads or (1 if clip == "demo" else torch.get_num_threads())  # small tensors are slower on several
     torch.set_num_threads(threads)
-    print(f"precision: {precision} on the {'GPU' if device == 'cuda' else 'CPU'}", file=sys.stderr)
+    print(f"precision: {precision} on the {'CPU' if device == 'cpu' else f'GPU ({device})'}", file=sys.stderr)
     return replace(args, clip=clip, device=device, precision=precision, workers=workers, threads=threads)
 
 
 def choose_device(device):
-    """The device that the user named; None: "cuda" where there is one. ValueError: there is no GPU."""
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    return device or ("cuda" if gpu else "cpu")
+    """The device that the user named; None: "cuda" where there is one. ValueError: it is not there, or old PyTorch."""
+    if torch.__version__ < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ValueError(f"PyTorch {oldest} or newer is needed, and {torch.__version__} is installed: update it")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there = ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus] + ["cuda"] * bool(gpus)
+    device = device or there[-1]
+    if device not in there:
+        raise ValueError(f"--device {device}: PyTorch does not see it here; it sees {', '.join(there)}")
+    if device in gpus:  # what PyTorch measures, and answers without a device, is then this one's
+        torch.cuda.set_device(device)
+    return device
 
 
 def fill_defaults(args, task, learner):
@@ -100,7 +109,7 @@ class PhaseBatches:
             images = CachedViews(
                 images, args.cache_views, learner.prompts_images, encode, args.seed, phase, args.workers
             )
-        self.loader = training_loader(images, sampler, args.seed, phase, args.workers, self.device == "cuda")
+        self.loader = training_loader(images, sampler, args.seed, phase, args.workers, self.device.startswith("cuda"))
 
     def __len__(self):
         return len(self.loader)
@@ -127,6 +136,11 @@ class PhaseBatches:
 
     def frozen_features(self, images):
         return frozen_image_features(self.clip_model, images)
+
+
+def make_scaler(args):
+    """A scaler of the loss against underflow in fp16: on CUDA alone; elsewhere it changes nothing."""
+    return torch.amp.GradScaler("cuda", enabled=args.precision == "fp16" and args.device.startswith("cuda"))
 
 
 def make_optimizer(learner, lr, recipe="own"):

@@ -244,7 +244,7 @@ def test_zero_shot_takes_each_datasets_words(eurosat):
     ask = {"dataset": "demo-ice", "root": str(eurosat), "protocol": "cross-dataset", "targets": ("eurosat",)}
     task, zero_shot = data.open_task(options.Settings(**ask, shots=1)), mock.create_autospec(ZeroShot)
     tests = mock.Mock(**{"batches.return_value": []})
-    with mock.patch.object(scores, "top1", return_value=[torch.zeros(1)] * 3):
+    with mock.patch.object(scores, "top1", return_value=[torch.zeros(1).long()] * 4):
         scores.score(zero_shot, None, task, tests)
     words = [call.args[1] for call in zero_shot.set_classes.call_args_list]
     assert words == ["a photo of a {}.", "a centered satellite photo of {}."]

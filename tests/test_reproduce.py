@@ -14,7 +14,7 @@ from conftest import PROJECT
 
 from backbones import CoOp
 from experiments import figures, hidden, reproduce, sweep, tables
-from harness import options, runs
+from harness import options, runs, scores
 from harness.layouts import LAYOUTS
 
 
@@ -44,7 +44,7 @@ def pretend(out, cell, base, new, **more):
 
 
 def test_h_is_of_the_averages():
-    found = tables.over_seeds([{"Base": 80.0, "New": 40.0}, {"Base": 100.0, "New": 60.0}])
+    found = scores.over_seeds([{"Base": 80.0, "New": 40.0}, {"Base": 100.0, "New": 60.0}])
     assert found["Base"] == (90, pytest.approx(200**0.5)) and found["New"][0] == 50
     assert found["H"][0] == pytest.approx(2 * 90 * 50 / 140)  # not the mean of 53.3 and 75
 
