@@ -22,10 +22,12 @@ import sys
 
 import torch
 from msgspec.structs import asdict
+from PIL import Image
 from tqdm import tqdm
 
 from backbones import BACKBONES
 from baselines import BASELINES
+from baselines.released import read_released
 from harness import images, runs
 from harness.cli import printable, run_main
 from harness.clips import load_clip_of
@@ -37,51 +39,50 @@ from harness.scores import check_finite, scorer
 from harness.tuning import choose_device
 
 
-def load_learner(prompt, classnames=None, clip=None, device="cpu", opened=None):
-    """The prompt learner of a file that run.py or the authors' trainers wrote: (learner, the file's header, a dict).
+def load_learners(prompts, clip=None, device="cpu"):
+    """The prompt learners of files, on one CLIP: ([learner, ...], the last file's header, a dict, all class names).
 
-    classnames: the candidates; None: those that the file names. clip: where its CLIP is now, if not where it was.
-    opened: this CLIP and its SHA-256, if they are loaded already. ValueError, FileNotFoundError: not such a file, no
-    class names, or another CLIP.
+    prompts: pairs of a file, by run.py or by the authors' trainers, and its candidates' names; None: those that the
+    file has. clip: where the CLIP is now, if not where it was. ValueError, FileNotFoundError: not such a file, no
+    names, or another CLIP.
     """
-    header = runs.read_header(prompt)
-    if classnames is None and not header.candidates:
-        raise ValueError(f"{prompt} does not name the classes that it is for: give them with --classes")
-    names = classnames or header.candidates
-    clip_model, sha256 = opened or load_clip_of(asdict(header), device, clip)
-    state, where = runs.read_prompts(prompt, header.backbone, sha256), f"the header of {prompt}"
-    tuned_on = header.classnames or names  # an older file does not name them
-    about = header.backbone, header.settings, clip_model, tuned_on, [state], where
-    learner = runs.build_learner(BACKBONES | BASELINES, *about)
-    with torch.no_grad():
-        learner.set_classes(names)
-    return learner, {**asdict(header), "candidates": names, "clip_sha256": sha256}
+    learners, classes, opened = [], [], None
+    for file, names in prompts:
+        header, state = read_released(file) or (runs.read_header(file), None)
+        names = names or header.candidates
+        if not names:
+            raise ValueError(f"{file} does not name the classes that it is for: give them with --classes")
+        clip_model, sha256 = opened = opened or load_clip_of(asdict(header), device, clip)
+        state = state or runs.read_prompts(file, header.backbone, sha256)
+        where, tuned_on = f"the header of {file}", header.classnames or names  # an older file does not name them
+        about = header.backbone, header.settings, clip_model, tuned_on, [state], where
+        learners.append(runs.build_learner(BACKBONES | BASELINES, *about))
+        with torch.no_grad():
+            learners[-1].set_classes(names)
+        classes += names
+    return learners, {**asdict(header), "clip_sha256": sha256}, classes
 
 
-def load_run(folder, candidates=None, clip=None, device="cpu"):
-    """The prompt learners of a finished run, on one CLIP: ([learner, ...], the header, a dict, class names).
+def prompts_of(run, candidates=None):
+    """What `load_learners` takes, of the folder of a finished run: each class has its own phase's prompts.
 
-    candidates: "base", "new" or "all", base classes first; None: all that the run has. clip: as of `load_learner`.
-    ValueError, FileNotFoundError: as `load_learner`; the run is not finished, has no prompts, or no new classes.
+    candidates: "base", "new" or "all"; None: all that the run has. ValueError, FileNotFoundError: not such a folder, or
+    no such classes.
     """
-    folder = pathlib.Path(folder)
-    config, found = runs.read_config(folder), []
-    if config.method == "zeroshot" or runs.read_result(folder) is None:
-        raise ValueError(f"{folder} is not a finished run that tuned prompts: give the folder of one")
-    halves = {"base": config.classnames, "new": config.new_classnames}
-    if candidates == "new" and not config.new_classnames:
-        raise ValueError(f"--candidates new: {folder} has no new classes; give base, or leave it out")
-    for half, names in halves.items():
-        if names and candidates in (None, "all", half):
-            file = folder / f"{half if config.new else 'base'}.safetensors"
-            opened = (found[0][0].clip_model, found[0][1]["clip_sha256"]) if found else None
-            found.append(load_learner(file, names, clip, device, opened))
-    return [learner for learner, _ in found], found[0][1], [n for _, header in found for n in header["candidates"]]
+    config, wanted = runs.read_config(run), [candidates] if candidates in ("base", "new") else ["base", "new"]
+    names = {"base": config.classnames, "new": config.new_classnames}
+    if config.method == "zeroshot" or runs.read_result(run) is None or not any(names[half] for half in wanted):
+        raise ValueError(f"{run} is not a finished run with prompts for {wanted[-1]} classes: give the folder of one")
+    files = {half: pathlib.Path(run, f"{half if config.new else 'base'}.safetensors") for half in wanted}
+    return [(files[half], names[half]) for half in wanted if names[half]]
 
 
 def load_classifier(run, candidates=None, clip=None, device="cpu"):
-    """A function from a list of PIL images to a list of (class name, confidence). Arguments and errors: `load_run`."""
-    learners, _, classes = load_run(run, candidates, clip, device)
+    """A function from a list of PIL images to a list of (class name, confidence).
+
+    run, candidates: as of `prompts_of`. clip: as of `load_learners`. ValueError, FileNotFoundError: as these.
+    """
+    learners, _, classes = load_learners(prompts_of(run, candidates), clip, device)
     transform, logits = images.test_transform(learners[0].clip_model.visual.input_resolution), scorer(*learners)
 
     @torch.no_grad()
@@ -96,15 +97,11 @@ def load_classifier(run, candidates=None, clip=None, device="cpu"):
 class ImagesOrErrors(images.Images):
     """An `images.Images` that returns an error instead of raising it: (uint8 [3, pixels, pixels], error or "")."""
 
-    def __init__(self, paths, read, pixels):
-        super().__init__(paths, read, images.test_transform(pixels))
-        self.pixels = pixels
-
     def __getitem__(self, index):
         try:
             return super().__getitem__(index)[0], ""
         except images.UnreadableImage as error:
-            return torch.zeros(3, self.pixels, self.pixels, dtype=torch.uint8), str(error)
+            return self.transform(Image.new("RGB", (1, 1))), str(error)
 
 
 @torch.no_grad()
@@ -121,8 +118,9 @@ def predict(learners, batches, device="cpu"):
 def write_table(out, paths, classes, batches):
     """The CSV file `out`: for each path, the most likely class and its probability; nothing for an unreadable image.
 
-    It begins with a byte order mark, which tells Excel that it is UTF-8. Rows are written as the batches come, into a file beside `out` that takes its place at the end. batches: of
-    `predict`. Yields each batch again when it is written. OSError: it cannot be written.
+    It begins with a byte order mark, which tells Excel that it is UTF-8. Rows are written as the batches come, into a
+    file beside `out` that takes its place at the end. batches: of `predict`. Yields each batch again when it is
+    written. OSError: it cannot be written.
     """
     paths = iter(paths)
     with open_atomic(out) as file:
@@ -148,21 +146,17 @@ def no_formula(text):
 def parse(arguments=None):
     """The command line of predict.py. ValueError, FileNotFoundError: what it names cannot be used."""
     parser = Parser("predict.py", __doc__)
-    add = parser.add_argument
-    tuned = parser.add_mutually_exclusive_group(required=True).add_argument
+    add, tuned = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     # fmt: off
     add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="*", help="images, and folders with subfolders")
     tuned("--run", metavar="DIR", help="the folder of a finished run: its prompts and its class names")
     add("--candidates", choices=["all", "base", "new"], help="the classes of --run (default: all that it has)")
-    tuned("--prompt", metavar="FILE", help="a file of prompts instead: a run's base.safetensors or new.safetensors, or "
-        "model.pth.tar-N of the authors' trainers of CoOp, MaPLe and PromptSRC")
+    tuned("--prompt", metavar="FILE", help="prompts instead: .safetensors of a run, or the authors' model.pth.tar-N")
     add("--classes", metavar="FILE", help="the candidates of --prompt, one per line (default: those that it names)")
     add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
-    add("--export", type=pathlib.Path, metavar="FILE", help="write the tuned classifier for other programs: "
-        ".safetensors, a head for any CLIP user, or .onnx, image encoder and head (harness/export.py)")
+    add("--export", type=pathlib.Path, metavar="FILE", help="for other programs: .safetensors (a head), .onnx (all)")
     add("--clip", metavar="CLIP", help="the frozen CLIP, if it is not where the run had it")
-    add("--device", type=checked(Device), metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda where there is "
-        "one)")
+    add("--device", type=checked(Device), metavar="DEVICE", help="as of run.py (default: cuda where there is one)")
     add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
     # fmt: on
     args = parser.parse_args(arguments)
@@ -184,13 +178,10 @@ def parse(arguments=None):
 def main(arguments=None):
     """Exports the classifier, predicts, or both. Returns what `classify` does."""
     args = parse(arguments)
-    onnx = args.export is not None and args.export.suffix == ".onnx"  # an ONNX file is for any device
-    device = choose_device("cpu" if onnx else args.device)
-    if args.run:
-        learners, header, classes = load_run(args.run, args.candidates, args.clip, device)
-    else:
-        learner, header = load_learner(args.prompt, args.classes and read_names(args.classes), args.clip, device)
-        learners, classes = [learner], header["candidates"]
+    device = choose_device("cpu" if str(args.export).endswith(".onnx") else args.device)  # ONNX is for any device
+    names = args.classes and read_names(args.classes)
+    prompts = prompts_of(args.run, args.candidates) if args.run else [(args.prompt, names)]
+    learners, header, classes = load_learners(prompts, args.clip, device)
     if args.export is not None:
         export(args.export, learners, header, classes)
         print(printable(f"{len(classes)} classes in {args.export}"))
@@ -206,8 +197,8 @@ def classify(args, learners, classes, device):
     paths, wrong = [], []
     for place in args.images:
         paths += [place / name for name in images.find_images(place)] if place.is_dir() else [place]
-    single, pixels = args.images == paths[:1], learners[0].clip_model.visual.input_resolution
-    dataset = ImagesOrErrors(paths, images.FolderReader(pathlib.Path()), pixels)
+    single, transform = args.images == paths[:1], images.test_transform(learners[0].clip_model.visual.input_resolution)
+    dataset = ImagesOrErrors(paths, images.FolderReader(pathlib.Path()), transform)
     workers = args.workers if args.workers is not None else 0 if single else images.default_workers()
     found = predict(learners, images.loader(dataset, workers, prefetch_factor=1, batch_size=64), device)
     for probabilities, errors in write_table(args.out, paths, classes, found):

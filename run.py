@@ -31,7 +31,7 @@ from harness import folders, runs, scores
 from harness.cli import printable, run_main, warn
 from harness.clips import load_clip_of
 from harness.images import ShuffledBatches
-from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer, make_scaler
+from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer
 from mao import backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler
@@ -105,7 +105,7 @@ def base_phase(learner, task, args, record):
     batches = PhaseBatches(1, learner, task, sampler, args)  # the sampler's images, augmented, with their labels
     # SGD for the paper's three learners (Table 6), new in each phase; args.base.lr is its highest rate
     optimizer = make_optimizer(learner, args.base.lr, args.recipe)
-    scaler = make_scaler(args)  # of fp16 on a GPU; otherwise it changes nothing
+    scaler = torch.amp.GradScaler(enabled=args.precision == "fp16" and args.device.startswith("cuda"))
     # 1..epochs; with --resume those that are left, and learner, optimizer and scaler are restored first
     for epoch in record.epochs_left("base", args.base.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.base.epochs)
@@ -133,7 +133,7 @@ def new_phase(learner, task, args, record):
     sampler = ShuffledBatches(len(task.new_train), args.new.batch_size, args.seed)
     batches = PhaseBatches(2, learner, task, sampler, args)  # with indices instead of labels
     optimizer = make_optimizer(learner, args.new.lr, args.recipe)
-    scaler = make_scaler(args)
+    scaler = torch.amp.GradScaler(enabled=args.precision == "fp16" and args.device.startswith("cuda"))
     for epoch in record.epochs_left("new", args.new.epochs, len(batches), learner, optimizer, scaler):
         set_learning_rate(optimizer, epoch, args.new.epochs)
         labeled = []  # indices and pseudo-labels; only the evaluation knows which of them are right
@@ -182,25 +182,23 @@ def main(arguments=None):
         return
     learner_class = LEARNERS[typed.backbone]
     options.check_learner(typed, learner_class)
-    args, seeds, tables = machine_defaults(typed), typed.seed, []
-    for seed in seeds if isinstance(seeds, tuple) else [seeds]:
+    args, rows = machine_defaults(typed), {method: [] for method in typed.method}
+    seeds = typed.seed if isinstance(typed.seed, tuple) else (typed.seed,)
+    for seed in seeds:
         args = replace(args, seed=seed)
         task = open_task(args)
-        if not tables:  # all seeds have the same classes and test images
+        if seed == seeds[0]:  # all seeds have the same classes and test images
             if args.dataset == "folder":
-                more = "--protocol few-shot tunes and tests on all classes instead"
-                print(f"{folders.describe(task)}\n{more}", file=sys.stderr)
+                print(folders.describe(task), "--protocol few-shot takes all classes", sep="\n", file=sys.stderr)
             clip_model, sha256 = load_clip_of(asdict(args), args.device)
             args = fill_defaults(args, task, learner_class)
             tests = scores.TestImages(task, ZeroShot(clip_model, task.base_names), args.device, args.workers)
-            settings = options.learner_settings(args, learner_class)
-            check_names(learner_class(clip_model, task.base_names, **settings), task)
-        row = replace(typed, seed=seed), args, task, clip_model, sha256, tests
-        tables.append([(method, [run_row(method, *row)]) for method in args.method])
-        scores.print_table(args, tables[-1], learner_class.__name__)
-    if tables[1:]:
-        rows = [(of_seeds[0][0], [result for _, (result,) in of_seeds]) for of_seeds in zip(*tables)]
-        scores.print_table(replace(args, seed=seeds), rows, learner_class.__name__)
+            check_names(learner_class, clip_model, task, args)
+        for method in args.method:
+            rows[method].append(run_row(method, replace(typed, seed=seed), args, task, clip_model, sha256, tests))
+        scores.print_table(args, [(method, results[-1:]) for method, results in rows.items()], learner_class.__name__)
+    if seeds[1:]:
+        scores.print_table(replace(args, seed=seeds), list(rows.items()), learner_class.__name__)
     last = pathlib.Path(args.out) / runs.folder_name(replace(typed, seed=args.seed), args.method[-1])
     print(printable(f"Prompts and scores are in {args.out}/. Next: python -m experiments.figures run {last}"))
 
@@ -230,10 +228,11 @@ def run_row(method, typed, args, task, clip_model, sha256, tests):
     return record.result
 
 
-def check_names(learner, task):
-    """ValueError: what the learner needs for its classes is missing, or a class name does not fit into its prompt."""
+def check_names(learner_class, clip_model, task, args):
+    """ValueError: what a learner needs for its classes is missing, or a class name does not fit into its prompt."""
+    learner = learner_class(clip_model, task.base_names, **options.learner_settings(args, learner_class))
     if not isinstance(learner, Learner):
-        raise ValueError(f"{type(learner).__name__} is not a backbones.Learner: derive it (docs/backbone.md)")
+        raise ValueError(f"{learner_class.__name__} is not a backbones.Learner: derive it (docs/backbone.md)")
     learner.check()
     for names in (task.base_names, task.new_names or task.base_names, *(test.names for test in task.tests.values())):
         learner.set_classes(names)

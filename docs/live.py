@@ -293,7 +293,7 @@ def predictions(live, after):
 
 def final_scores(live):
     """Base and New by the prompts after each phase: a table."""
-    mao, after_1 = live.results["mao"], keep("New after phase 1", scores.accuracy(*predictions(live, "base")))
+    mao, after_1 = live.results["mao"], keep("New after phase 1", scores.accuracy(*predictions(live, "base")[:3]))
     final = mao["base_by_final_prompt"], keep("New after phase 2", mao["new"])
     pairs = ("after phase 1", (keep("Base after phase 1", mao["base"]), after_1)), ("after phase 2", final)
     rows = [(f"CoOp + MAO, prompts {when}", *(f"{score:.2f}" for score in both)) for when, both in pairs]
@@ -305,7 +305,7 @@ def confusion(live):
     """How often each new class is taken for each other, before and after phase 2."""
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.9), layout="constrained")
     for axis, after, title in zip(axes, ("base", "new"), ("after phase 1", "after phase 2")):
-        _, found, truth = predictions(live, after)
+        _, found, truth, _ = predictions(live, after)
         shown = figures.show_confusion(axis, truth, found, live.new_names, title)
         axis.set_xlabel("the class predicted")
     axes[0].set_ylabel("the class shown")

@@ -15,15 +15,17 @@ ratio is not printed. On a CPU, ratios are of processor time over all threads, w
 changes. Seconds and milliseconds in the tables are those of the clock.
 """
 
-if __name__ == "__main__":
-    import os
+import os
+import pathlib
+import sys
 
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch comes: a waiting thread uses no processor time
 
 import ctypes
 import functools
 import json
-import pathlib
 import platform
 import statistics
 import tempfile
@@ -465,7 +467,7 @@ def cell(value):
     return "" if value is None else str(value)
 
 
-def main():
+def main(arguments=None):
     """The command line of experiments/bench.py. Returns 1 where a ratio cannot be right."""
     parser = options.Parser("experiments.bench", __doc__)
     add = parser.add_argument
@@ -478,7 +480,7 @@ def main():
     add("--json", metavar="FILE", help="write all of it there")
     add("--sizes", choices=list(SIZES), default="vit-b/16", help="of CLIP (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.loader:
         costs = bench_loader(Meter("cpu", max(3, args.turns)))
         found = {what: 1000 * min(cost.clock) / IMAGES for what, cost in costs.items()}

@@ -12,6 +12,11 @@ fixed seed: the same command makes the same figure. Line styles, markers and hat
 
 import itertools
 import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
+
 import textwrap
 
 import numpy as np
@@ -382,13 +387,13 @@ def demo_figure():
     return figure
 
 
-def main():
+def main(arguments=None):
     """The command line of experiments/figures.py."""
     parser = options.Parser("experiments.figures", __doc__)
     parser.add_argument("figure", choices=["method", "batch", "demo", "run"])
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="for run: those of finished runs")
     parser.add_argument("--out", metavar="FILE", help="default: assets/<figure>.png, or curves.png beside the runs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if bool(args.folders) != (args.figure == "run"):
         parser.error("give the folders of finished runs with run, and with run alone")
     if args.figure == "run":

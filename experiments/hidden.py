@@ -8,6 +8,11 @@ is not run again. Phase 1 has the same seed in all ways of phase 2, and so leave
 """
 
 import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
+
 import statistics
 
 from experiments import figures, sweep
@@ -125,7 +130,7 @@ def figure(cells):
     return drawn
 
 
-def main():
+def main(arguments=None):
     """The command line of experiments/hidden.py."""
     parser = Parser("experiments.hidden", __doc__)
     add = parser.add_argument
@@ -134,7 +139,7 @@ def main():
     add("--clip", metavar="FILE", help="of experiments.pretrain --seed; then the first table alone")
     add("--out", default="runs/hidden", metavar="DIR", help="for the cells (default: runs/hidden)")
     add("--figure", metavar="FILE", help="draw the figure of docs/results.md, a PNG")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     cells = Cells(args, ROWS if args.clip else {**ROWS, BEFORE: "--method mao --no-new", **PHASE_2})
     print(table_of_lists(cells))
     if args.clip is None:

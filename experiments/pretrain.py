@@ -7,8 +7,13 @@ Photos are captioned loosely, drawings exactly, and only the six domains of `dem
 often enough for zero-shot classification, and wrong often enough for prompts to help.
 """
 
-import io
 import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
+
+import io
 
 import numpy as np
 import torch
@@ -97,7 +102,7 @@ def pretrain(path, steps=2500, pairs=128, seed=0, threads=2):
     atomic_write(pathlib.Path(path), content.getvalue())
 
 
-def main():
+def main(arguments=None):
     """The command line of experiments/pretrain.py."""
     parser = Parser("experiments.pretrain", __doc__)
     add = parser.add_argument
@@ -105,7 +110,7 @@ def main():
     add("--out", default=DEMO_WEIGHTS, metavar="FILE", help="for the weights (default: assets/demo-clip.pt)")
     add("--seed", type=checked(Index), default=0, metavar="N", help="of all draws (default: 0)")
     add("--threads", type=checked(Threads), default=2, metavar="N", help="the bits depend on it (default: 2)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     pretrain(args.out, args.steps, seed=args.seed, threads=args.threads)
 
 

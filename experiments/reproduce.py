@@ -10,11 +10,16 @@ A cell is one row of run.py for one dataset and one seed. A finished cell is not
 and repeat it. The averages are the paper's: see experiments/tables.py.
 """
 
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
+
 import csv
 import io
 import json
 import math
-import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
@@ -397,7 +402,7 @@ def make(names, out, args, failed):
     return files, left_out
 
 
-def arguments():
+def parse(arguments=None):
     """The command line, with its defaults filled in."""
     parser = options.Parser("experiments.reproduce", __doc__)
     add, count = parser.add_argument, options.checked(Count)
@@ -420,7 +425,7 @@ def arguments():
     gpus, share = options.checked(Annotated[float, Meta(ge=0, le=64)]), 0.25 if torch.cuda.is_available() else 0.0
     add("--gpus-per-run", type=gpus, default=share, metavar="X", help="default: 0.25 where there is a GPU, else 0")
     add("--memory-per-run", type=count, metavar="MIB", help="that Ray keeps for a cell (default: none)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.serial and args.address is not None:
         parser.error("--serial runs here, --address elsewhere: leave one out")
     for option in ("what", "datasets", "backbones", "seeds"):  # each value once
@@ -443,9 +448,9 @@ def arguments():
     return args
 
 
-def main():
+def main(arguments=None):
     """The command line of experiments/reproduce.py. Returns 1 where a cell failed or a figure was left out."""
-    args = arguments()
+    args = parse(arguments)
     out, tables = pathlib.Path(args.out), {name: cells_of(name, args) for name in args.what if name in MADE}
     cells = list(dict.fromkeys(cell for table in tables.values() for of_row in table.values() for cell in of_row))
     if args.plan:

@@ -17,7 +17,6 @@ from harness.files import atomic_write, wrap_os_errors
 from harness.images import model_input
 from harness.scores import check_finite, scorer
 
-
 # What the first bytes of predict.py's files have
 MARKS = {".csv": b"path,class,confidence", ".safetensors": rb'"mao":"{\"classnames\"', ".onnx": b"\x12\x03MAO"}
 

@@ -51,7 +51,7 @@ def wrap_os_errors(path):
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or choose another folder by --out") from error
+        raise OSError(f"cannot write {path} ({error.strerror}): make room there, or give another --out") from error
 
 
 def make_folder(folder):

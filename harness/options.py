@@ -94,8 +94,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     new_test: option(Name | None, "for --unlabeled: labeled images of the new classes, DIR/<class name>/*.jpg") = None
     shots: option(Size, "labeled images per base class (appendix B)", COMMON) = 16
     unlabeled_shots: option(Size | None, "unlabeled images per new class (default: as --shots; Fig. 4 right)") = None
-    seed: option(Index | tuple[Index, ...], "of all draws; of several, such as the paper's 1 2 3, the table has the mean "
-                 "and the standard deviation too", COMMON) = 1
+    seed: option(Index | tuple[Index, ...], "of all draws; of several (paper: 1 2 3) the mean too", COMMON) = 1
 
     # Model (Table 6)
     backbone: option(Name, "the prompt learner: coop, maple, promptsrc (Table 1), or one of the baselines cocoop, "
@@ -133,8 +132,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     # Machine and files
     precision: option(Precision, "of CLIP's matrices; auto: fp32 on a CPU, bf16 or fp16 on a GPU") = "auto"
-    device: option(Device | None, "cpu, cuda, cuda:1 (the second GPU) or mps (Apple's GPU); default: cuda where there is "
-                   "one", MACHINE) = None
+    device: option(Device | None, "cpu, cuda, cuda:1, ..., mps (default: cuda where there is one)", MACHINE) = None
     workers: option(Workers | None, "processes that load images (default: one per core, at most 8; demo: none)",
                     MACHINE) = None
     threads: option(Threads | None, "of PyTorch on a CPU; the last digits depend on it (default: one per core; demo: "

@@ -234,11 +234,11 @@ class Record:
         for path in self.folder.parent.glob("*/config.json"):
             with contextlib.suppress(ValueError, OSError):  # broken, or of another version
                 there = msgspec.to_builtins(read_config(path.parent))
-                names = [name for name in FIELDS if real_path(there[name]) != real_path(here[name])]
-                told = [f"{name} {there[name]} instead of {here[name]}" for name in names if name not in MACHINE_SETTINGS]
-                if there["method"] == here["method"] and told:
-                    found.append((len(told), path.parent.name, ", ".join(told)))
-        return f"; {min(found)[1]} has {min(found)[2]}" if found else ""
+                names = [n for n in FIELDS if n not in MACHINE_SETTINGS and real_path(there[n]) != real_path(here[n])]
+                if names and "method" not in names:
+                    told = ", ".join(f"{name} {there[name]} instead of {here[name]}" for name in names)
+                    found.append((len(names), f"; {path.parent.name} has {told}"))
+        return min(found, default=(0, ""))[1]
 
     def write_lists(self, lists):
         """Writes lists.json. lists: a `Lists`, or None where there is nothing to keep."""

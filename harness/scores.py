@@ -76,7 +76,8 @@ def score(learner, states, task, tests):
 
 
 def score_halves(learner, states, task, tests):
-    """The scores of base-to-new: {"base", "new", "h", "base_by_final_prompt", "one_list", "one_list_final"}; `by_class`.
+    """The scores of base-to-new: {"base", "new", "h", "base_by_final_prompt", "one_list", "one_list_final"}, and what
+    `by_class` adds.
 
     The prompts after phase 1 score base classes, the last ones new classes: in Tables 4 and 8, Base stays the same when
     the new phase is added. "one_list" is generalized accuracy: all base and new classes are candidates; each class
@@ -134,13 +135,13 @@ def by_class(tests, found):
     """
     details = {"balanced": {}, "ece": {}, "per_class": {}}
     for name, (_, classes, labels, confidences) in found.items():
-        right, names = classes == labels, tests[name].names
-        counts, hits = (labels[part].bincount(minlength=len(names)).tolist() for part in (labels >= 0, right))
-        accuracies = [100 * hit / count if count else None for hit, count in zip(hits, counts)]
-        rows = zip(names, accuracies, counts)
-        details["balanced"][name] = statistics.mean(one for one in accuracies if one is not None)
-        details["ece"][name] = calibration_error(right, confidences)
-        details["per_class"][name] = [dict(zip(("class", "accuracy", "images"), row)) for row in rows]
+        right, rows = classes == labels, []
+        for label, class_name in enumerate(tests[name].names):
+            of_class = right[labels == label]  # without images it has no accuracy
+            share = 100 * of_class.sum().item() / len(of_class) if len(of_class) else None
+            rows.append({"class": class_name, "accuracy": share, "images": len(of_class)})
+        details["per_class"][name], details["ece"][name] = rows, calibration_error(right, confidences)
+        details["balanced"][name] = statistics.mean(row["accuracy"] for row in rows if row["images"])
     return details
 
 
@@ -289,16 +290,15 @@ def print_table(config, rows, backbone):
             lines.append(["  the paper", *(f"{theirs[key]:.2f}" for key in own), *[""] * (len(generalized) + 3)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     shots = "1 shot" if config.shots == 1 else f"{config.shots} shots"
-    seeds = f"seed {config.seed}"
-    if isinstance(config.seed, tuple):
-        seeds = f"mean ± standard deviation of seeds {', '.join(map(str, config.seed))}"
+    one = not isinstance(config.seed, tuple)
+    seeds = f"seed {config.seed}" if one else f"seeds {' '.join(map(str, config.seed))} (mean ± standard deviation)"
     print("\n" + printable(f"{config.dataset}, {seeds}, {shots}"))
     if generalized:
         known, every = (sum(part) + 2 * len(part) for part in (widths[1:][: len(own)], widths[1 + len(own) :][:4]))
         print(" " * widths[0], "  half known (paper)".rjust(known), "  all classes as candidates".rjust(every), sep="")
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-    for method, results in rows if seeds.startswith("seed") else ():
+    for method, results in rows if one else ():
         for line in unbalanced(results[0]):
             print(printable(f"{row_name(method, backbone)}, {line}"))
 

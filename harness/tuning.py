@@ -20,8 +20,6 @@ from harness.images import (
 )
 from harness.options import SGD, WARMUP_LR, paper_batch
 
-OLDEST = (2, 9)  # the PyTorch that this needs
-
 
 def machine_defaults(args):
     """The settings with CLIP, device, workers, threads and precision filled in; sets PyTorch's threads.
@@ -45,9 +43,8 @@ def machine_defaults(args):
 
 def choose_device(device):
     """The device that the user named; None: "cuda" where there is one. ValueError: it is not there, or old PyTorch."""
-    if torch.__version__ < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise ValueError(f"PyTorch {oldest} or newer is needed, and {torch.__version__} is installed: update it")
+    if torch.__version__ < (2, 9):
+        raise ValueError(f"PyTorch 2.9 or newer is needed, and {torch.__version__} is installed: update it")
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there = ["mps"] * torch.backends.mps.is_available() + ["cpu", *gpus] + ["cuda"] * bool(gpus)
     device = device or there[-1]
@@ -136,11 +133,6 @@ class PhaseBatches:
 
     def frozen_features(self, images):
         return frozen_image_features(self.clip_model, images)
-
-
-def make_scaler(args):
-    """A scaler of the loss against underflow in fp16: on CUDA alone; elsewhere it changes nothing."""
-    return torch.amp.GradScaler("cuda", enabled=args.precision == "fp16" and args.device.startswith("cuda"))
 
 
 def make_optimizer(learner, lr, recipe="own"):

@@ -140,7 +140,7 @@ def of_runs(folder):
         quietly(run.main, [*ask.split(), "--seed", "2", "--out", str(folder)])
     (done,), (stopped,) = folder.glob("folder*seed1*"), folder.glob("folder*seed2*")
     again = functools.partial(run.score_again, done, options.Settings(eval=(str(done),)))
-    load = functools.partial(predict.load_learner, done / "new.safetensors", ["ant", "bee"])
+    load = functools.partial(predict.load_learners, [(done / "new.safetensors", ["ant", "bee"])])
     for mutation in (mutate_header, mutate_tensors, mutate_bytes):
         yield done / "new.safetensors", mutation, load
     for path in sorted(done.glob("*.json")):

@@ -47,7 +47,7 @@ def test_a_head_classifies_as_predict_does(tuned, tmp_path, command):
         text_features, logit_scale = file.get_tensor("text_features"), file.get_tensor("logit_scale")
     model = frozen()[0]
     preprocess = clip.clip._transform(model.visual.input_resolution)
-    for row in csv.DictReader((tmp_path / "x.csv").open()):
+    for row in csv.DictReader((tmp_path / "x.csv").open(encoding="utf-8-sig")):
         with torch.no_grad():
             f = model.encode_image(preprocess(Image.open(row["path"]))[None])
         f = f / f.norm(dim=-1, keepdim=True)

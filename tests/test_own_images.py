@@ -168,8 +168,8 @@ WRONG = {
     f"{PREDICT} nowhere": "there is no image or folder nowhere",
     f"{PREDICT} broken.png": "cannot read the image broken.png",
     f"{PREDICT} 1.png --out nowhere/x.csv": "must be a file in a folder that exists",
-    f"{PREDICT} 1.png --out 1.png": "is the image too, which it would replace",
-    f"{PREDICT} 1.png --export run/new.safetensors": "is --prompt too, which it would replace",
+    f"{PREDICT} 1.png --out 1.png": "--out 1.png is there, and predict.py did not write it",
+    f"{PREDICT} 1.png --export run/new.safetensors": "new.safetensors is there, and predict.py did not write it",
     f"{PREDICT} --export a.txt": "must end with .safetensors",
     PREDICT: "nothing to do",
 }

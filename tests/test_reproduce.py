@@ -13,7 +13,7 @@ import torch
 from conftest import PROJECT
 
 from backbones import CoOp
-from experiments import figures, hidden, reproduce, sweep, tables
+from experiments import figures, hidden, reproduce, sweep
 from harness import options, runs, scores
 from harness.layouts import LAYOUTS
 
