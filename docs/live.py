@@ -293,7 +293,7 @@ def predictions(live, after):
 
 def final_scores(live):
     """Base and New by the prompts after each phase: a table."""
-    mao, after_1 = live.results["mao"], keep("New after phase 1", scores.accuracy(*predictions(live, "base")[:3]))
+    mao, after_1 = live.results["mao"], keep("New after phase 1", scores.accuracy(*predictions(live, "base")))
     final = mao["base_by_final_prompt"], keep("New after phase 2", mao["new"])
     pairs = ("after phase 1", (keep("Base after phase 1", mao["base"]), after_1)), ("after phase 2", final)
     rows = [(f"CoOp + MAO, prompts {when}", *(f"{score:.2f}" for score in both)) for when, both in pairs]

@@ -3,6 +3,8 @@
 import csv
 import functools
 import json
+import re
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -12,6 +14,7 @@ import torch
 from conftest import draw, refuses, succeeds
 from PIL import Image
 
+from baselines.released import read_released
 from encoders import clip, load_clip
 from harness.images import model_input
 from harness.images import test_transform as preprocessing
@@ -63,9 +66,15 @@ def test_learners_that_are_no_head_say_why(tuned, tmp_path, command):
 
 @pytest.mark.parametrize("tuned", ["cocoop", "coprompt"], indirect=True)
 def test_onnx_gives_the_same_probabilities(tuned, tmp_path, command):
-    """Text that depends on the image, and a prompted image side with an adapter: the two kinds of graphs."""
+    """Text that depends on the image, and a prompted image side with an adapter: the two kinds of graphs.
+
+    The second has its weights in a file of their own, as a model of more than 2 GB has.
+    """
     backbone, learner, line = tuned
-    succeeds(command(line, "--export", tmp_path / "model.onnx"))
+    save = functools.partialmethod(torch.onnx.ONNXProgram.save, external_data=backbone == "coprompt")
+    with mock.patch.object(torch.onnx.ONNXProgram, "save", save):
+        succeeds(command(line, "--export", tmp_path / "model.onnx"))
+    assert (tmp_path / "model.onnx.data").exists() == (backbone == "coprompt")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["classnames"]) == NAMES
     photos = [Image.open(path).convert("RGB") for path in sorted((tmp_path / "photos").iterdir())]
@@ -76,3 +85,67 @@ def test_onnx_gives_the_same_probabilities(tuned, tmp_path, command):
     for first in range(0, 5, size):
         (found,) = session.run(None, {"images": images[first : first + size].numpy()})
         assert np.abs(found - expected[first : first + size].numpy()).max() < 1e-4
+
+
+def test_predictions_of_a_run(tune, command, tmp_path, monkeypatch):
+    """All classes of the run, several images and folders; only what predict.py wrote is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    *_, folder = succeeds(tune("--method zeroshot mao"))
+    (mao,) = folder.glob("*mao*")
+    for name in ("one.png", "more/two.png", "more/three.png"):
+        draw(tmp_path / name, len(name))
+    config = json.loads((mao / "config.json").read_text())
+    base, new = config["classnames"], config["new_classnames"]
+    for more, names in (("", base + new), ("--candidates new", new)):
+        out, _ = succeeds(command(f"predict.py one.png more --workers 0 {more} --export head.safetensors --run", mao))
+        assert out == f"{len(names)} classes in head.safetensors\n3 images in predictions.csv\n"
+        text = (tmp_path / "predictions.csv").read_bytes().decode()
+        assert text.startswith("\ufeffpath,class,confidence\r\none.png,")  # Excel wants the mark
+        found = [row["class"] for row in csv.DictReader(text[1:].splitlines())]
+        assert len(found) == 3 and set(found) <= set(names)
+    out, _ = succeeds(command("predict.py one.png --prompt", mao / "new.safetensors"))  # it names its candidates
+    assert {line.split("%")[1].strip() for line in out.splitlines()[:5]} == set(new)
+    (tmp_path / "notes.csv").write_text("path,why\n")
+    refuses(command("predict.py one.png --out notes.csv --run", mao), "notes.csv is there, and predict.py did not")
+    refuses(command("predict.py --run", mao, "--export", mao / "new.safetensors"), "predict.py did not write it")
+    refuses(command("predict.py one.png --run", *folder.glob("*zero*")), "is not a finished run with prompts")
+
+
+AS_RELEASED = {  # our keys and the authors'
+    "maple": [
+        ("^", "prompt_learner."),
+        ("text_prompts", "compound_prompts_text"),
+        ("projections", "compound_prompt_projections"),
+    ],
+    "promptsrc": [
+        ("visual_prompts.0", "image_encoder.VPT"),
+        (r"visual_prompts.(\d)", r"image_encoder.transformer.resblocks.\1.VPT_shallow"),
+        (r"text_prompts.(\d)", r"text_encoder.transformer.resblocks.\1.VPT_shallow"),
+    ],
+}
+
+
+@pytest.mark.parametrize("backbone, settings", [
+    ("coop", {"n_ctx": 6}), ("maple", {"depth": 3}), ("promptsrc", {"depth": 2, "depth_vision": 3, "n_ctx_vision": 5})
+])  # fmt: skip
+def test_prompts_of_the_authors_trainers(backbone, settings, photos, command):
+    """Their tensors are read, at other sizes than ours, and of the rest nothing is run; other learners are refused."""
+    ours = LEARNERS[backbone](frozen()[0], NAMES, **settings).state_dict()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), 5
+    )
+    state, ask = (
+        {"image_encoder.conv1": torch.ones(2)},
+        "predict.py 1.png --clip demo --classes names.txt --prompt a.tar",
+    )
+    for name, value in ours.items():
+        for key, theirs in AS_RELEASED.get(backbone, []):
+            name = re.sub(key, theirs, name)
+        state[name] = value
+    torch.save({"state_dict": state, "scheduler": scheduler, "value": np.float64(1)}, "a.tar")
+    succeeds(command(ask))
+    header, found = read_released("a.tar")
+    assert header.backbone == backbone and header.settings.items() >= settings.items() and found.keys() == ours.keys()
+    assert all(torch.equal(found[key], value) for key, value in ours.items())
+    torch.save({"state_dict": {"ctx": torch.ones(4, 128), "meta_net.weight": torch.ones(2)}}, "a.tar")
+    refuses(command(ask), "is no model.pth.tar-N of CoOp, MaPLe or PromptSRC (ValueError: ctx [4, 128], meta_net")

@@ -138,7 +138,7 @@ def test_new_classes_without_labels(own, command, tmp_path):
         ask = ["predict.py --workers 0 --prompt", prompts, "--classes", tmp_path / "names.txt", "--out"]
         out, _ = succeeds(command(*ask, tmp_path / "found.csv", tmp_path / "new"))
         assert out == f"5 images in {tmp_path / 'found.csv'}\n"
-        found.append(list(csv.reader((tmp_path / "found.csv").open())))
+        found.append(list(csv.reader((tmp_path / "found.csv").open(encoding="utf-8-sig"))))
     rows = found[0]
     assert found[1] == rows and rows[0] == ["path", "class", "confidence"] and len(rows) == 6
     assert {row[0] for row in rows[1:]} == {str(path) for path in (tmp_path / "new").rglob("*.png")}

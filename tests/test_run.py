@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,12 +19,14 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import PROJECT, SMALL, lines, make_eurosat, read, refuses, succeeds, table
+from PIL import Image
 
 import backbones
+import predict
 import run
 from baselines import labelers
 from encoders import load_clip
-from harness import demo, images, options, runs, scores
+from harness import demo, images, options, runs, scores, tuning
 from harness.clips import DEMO_SHA256
 from harness.layouts import EUROSAT_NAMES
 
@@ -79,6 +82,65 @@ def test_a_run_and_what_it_leaves(finished, command):
     assert not (only(finished.out, "backbone") / "new.safetensors").exists()
     again, err = succeeds(command("run.py --eval", *finished.out.iterdir()))
     assert sorted(table(again)) == sorted(table(finished.printed)) and "result.json has" not in err
+
+
+def test_scores_by_hand():
+    """Accuracy that hides a class, and the calibration error of four images in three bins."""
+    labels, share = torch.tensor([0] * 8 + [1] * 2), torch.full((10,), 0.8)
+    tests = {"accuracy": types.SimpleNamespace(names=["a", "b", "c"])}
+    found = scores.by_class(tests, {"accuracy": (share, torch.zeros(10), labels, share)})
+    assert found["balanced"] == {"accuracy": 50} and found["ece"]["accuracy"] == pytest.approx(0, abs=1e-5)
+    rows = [list(row.values()) for row in found["per_class"]["accuracy"]]
+    assert rows == [["a", 100, 8], ["b", 0, 2], ["c", None, 0]]
+    told = "Accuracy: 80.00, mean of classes 50.00: 1 of 2 classes have 0%"
+    assert [list(scores.unbalanced({"accuracy": score, **found})) for score in (80, 51)] == [[told], []]
+    right, confidences = torch.tensor([True, False, True, True]), torch.tensor([0.62, 0.65, 0.95, 0.1])
+    assert scores.calibration_error(right, confidences) == pytest.approx(100 * (0.27 + 0.05 + 0.9) / 4)
+
+
+def test_the_classifier_of_a_run_is_what_generalized_accuracy_scores(finished):
+    photos, run_folder = finished.root / "eurosat" / "2750", only(finished.out)
+    paths, _, answers = zip(*read(photos.parent, "split_zhou_EuroSAT")["test"])
+    names, confidences = zip(*predict.load_classifier(run_folder)([Image.open(photos / path) for path in paths]))
+    right, result = torch.tensor([name == answer for name, answer in zip(names, answers)]), read(run_folder, "result")
+    assert 100 * right.float().mean().item() == pytest.approx(result["one_list"]["all"])
+    error = scores.calibration_error(right, torch.tensor(confidences))
+    assert error == pytest.approx(result["ece"]["one_list"], abs=0.01)
+
+
+def test_several_seeds_and_nothing_to_resume(tune):
+    """The last table has the means, and the H of the mean Base and New. --resume tells a run of other settings."""
+    out, _, folder = succeeds(tune("--method zeroshot backbone --seed 1 2 2"))
+    found = [read(next(folder.glob(f"*backbone-seed{seed}*")), "result") for seed in (1, 2)]
+    (base, other), (new, other_new) = ([result[half] for result in found] for half in ("base", "new"))
+    assert "eurosat, seeds 1 2 (mean ± standard deviation), 4 shots" in out and len(table(out)) == 6
+    cells, h = re.split(r"  +", out.splitlines()[-2]), scores.harmonic_mean((base + other) / 2, (new + other_new) / 2)
+    assert cells[1] == f"{(base + other) / 2:.2f} ± {abs(base - other) / 2**0.5:.2f}" and cells[3][:5] == f"{h:.2f}"
+    _, err, _ = succeeds(tune("--method backbone --epochs 2 --resume"))
+    assert re.search(
+        "no stopped run to resume, so it starts; eurosat-coop-backbone-seed1-.* has epochs 4 instead of 2", err
+    )
+
+
+def test_a_disk_without_locks(tune):
+    for error in (OSError(37, "No locks available"), NotImplementedError("flock")):
+        with mock.patch("filelock.FileLock.acquire", side_effect=error):
+            assert "cannot be locked (" in succeeds(tune("--method zeroshot"))[1]
+
+
+def test_devices_and_cores(monkeypatch):
+    chosen = mock.Mock()
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert [tuning.choose_device(device) for device in (None, "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
+    chosen.assert_called_once_with("cuda:1")
+    with pytest.raises(ValueError, match="--device cuda:2: .* it sees .*cpu, cuda:0, cuda:1, cuda"):
+        tuning.choose_device("cuda:2")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.1"))
+    with pytest.raises(ValueError, match="PyTorch 2.9 or newer is needed, and 2.8.1 is installed"):
+        tuning.choose_device("cpu")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 7}, raising=False)
+    assert images.default_workers() == 2
 
 
 def test_the_embedded_default(command, tmp_path, monkeypatch):
@@ -216,7 +278,16 @@ def test_help_is_short_and_needs_no_torch(command):
         assert set(known) <= set(re.findall(r"[\w-]+", options.FIELDS[setting].__metadata__[-1].description))
 
 
+def test_a_command_of_experiments_is_a_file_too(tmp_path):
+    """From any folder, and with the backend of a notebook, whose module this Python does not have."""
+    ask, environment = "table5 --demo --quick --plan", {**os.environ, "MPLBACKEND": "module://nowhere"}
+    ask = [sys.executable, PROJECT / "experiments" / "reproduce.py", *ask.split()]
+    done = subprocess.run(ask, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "3 cells, 0 done, 3 to run" in done.stdout, done.stderr
+
+
 WRONG = {
+    "--device gpu": "argument --device: gpu does not fit",
     "--backbon maple": "unrecognized arguments: --backbon",
     "--dataset eurosatt": "there is no dataset 'eurosatt': did you mean eurosat",
     "--dataset a\x1b[2Jb": "there is no dataset 'a\\x1b[2Jb'",
