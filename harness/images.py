@@ -192,7 +192,7 @@ def test_transform(pixels):
 @functools.lru_cache
 def pixel_statistics(device):
     """CLIP's mean and standard deviation of pixels on a device, each [3, 1, 1]. Copied there once, not per batch."""
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    return tuple(torch.tensor(values)[:, None, None].to(device) for values in (PIXEL_MEAN, PIXEL_STD))
 
 
 def model_input(images):
