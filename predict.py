@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from backbones import BACKBONES
 from baselines import BASELINES
-from baselines.released import read_released
 from harness import images, runs
 from harness.cli import printable, run_main
 from harness.clips import load_clip_of
@@ -35,6 +34,7 @@ from harness.export import export, is_own
 from harness.files import open_atomic, wrap_os_errors
 from harness.folders import read_names
 from harness.options import Device, Parser, Workers, checked
+from harness.released import read_released
 from harness.scores import check_finite, scorer
 from harness.tuning import choose_device
 

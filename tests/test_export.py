@@ -14,10 +14,10 @@ import torch
 from conftest import draw, refuses, succeeds
 from PIL import Image
 
-from baselines.released import read_released
 from encoders import clip, load_clip
 from harness.images import model_input
 from harness.images import test_transform as preprocessing
+from harness.released import read_released
 from harness.scores import scorer
 from run import LEARNERS
 
