@@ -114,12 +114,10 @@ def test_several_seeds_and_nothing_to_resume(tune):
     found = [read(next(folder.glob(f"*backbone-seed{seed}*")), "result") for seed in (1, 2)]
     (base, other), (new, other_new) = ([result[half] for result in found] for half in ("base", "new"))
     assert "eurosat, seeds 1 2 (mean ± standard deviation), 4 shots" in out and len(table(out)) == 6
-    cells, h = re.split(r"  +", out.splitlines()[-2]), scores.harmonic_mean((base + other) / 2, (new + other_new) / 2)
+    cells, h = re.split(r"  +", out.splitlines()[-3]), scores.harmonic_mean((base + other) / 2, (new + other_new) / 2)
     assert cells[1] == f"{(base + other) / 2:.2f} ± {abs(base - other) / 2**0.5:.2f}" and cells[3][:5] == f"{h:.2f}"
     _, err, _ = succeeds(tune("--method backbone --epochs 2 --resume"))
-    assert re.search(
-        "no stopped run to resume, so it starts; eurosat-coop-backbone-seed1-.* has epochs 4 instead of 2", err
-    )
+    assert re.search("no stopped run to resume, so it starts; eurosat-coop-backbone-seed1.* epochs 4 instead of 2", err)
 
 
 def test_a_disk_without_locks(tune):
