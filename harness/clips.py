@@ -29,6 +29,9 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")  # in a folder
 # What weights do not tell: (activation, width of a head) of the image side, and of the text side. None: not known.
 UNKNOWN, OPENAI = ((None, None), (None, None)), (("quickgelu", 64), ("quickgelu", 64))
 
+# How CLIP's images are resized and cropped, in configs of open_clip and of Hugging Face
+RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic", "resample": 3, "do_center_crop": True}
+
 # Parts of keys of models that clip.model.CLIP cannot hold.
 OTHER_KEYS = {"logit_bias": "SigLIP", "visual.trunk": "timm", "text.transformer.e": "a text encoder of Hugging Face"}
 
@@ -121,7 +124,7 @@ def read_weights(path):
 def read_configs(folder):
     """What the configs in a folder tell, as UNKNOWN. ValueError: one is broken, or of another kind of model."""
     found = UNKNOWN
-    for name in ("preprocessor_config.json", "config.json", "open_clip_config.json"):
+    for name in ("preprocessor_config.json", "processor_config.json", "config.json", "open_clip_config.json"):
         if (folder / name).is_file():
             config = read_json(folder / name, dict, "fix it, or move it away")
             try:
@@ -147,9 +150,13 @@ def read_config(config):
 
 def refuse_other_kinds(config):
     """ValueError: a config of open_clip or Hugging Face is of a kind that clip.model.CLIP cannot hold."""
-    model, pixels = config.get("model_cfg") or config, config.get("preprocess_cfg") or config
+    model, pixels = (
+        config.get("model_cfg") or config,
+        config.get("preprocess_cfg") or config.get("image_processor") or config,
+    )
     image, text = (model.get(f"{side}_cfg") or model.get(f"{side}_config") or {} for side in ("vision", "text"))
     mean, std = (pixels.get(name) or pixels.get(f"image_{name}") for name in ("mean", "std"))
+    resize = [name for name, ours in RESIZE.items() if pixels.get(name, ours) not in (ours, None)]
     kinds = {
         "SigLIP": model.get("init_logit_bias") is not None,
         "CoCa": "multimodal_cfg" in model,
@@ -158,6 +165,7 @@ def refuse_other_kinds(config):
         f"a {model.get('model_type')}": model.get("model_type", "clip") not in ("clip", "clip_text_model"),
         f"pixels of mean {mean} and std {std}": (mean and not np.allclose(mean, PIXEL_MEAN, atol=1e-3))
         or (std and not np.allclose(std, PIXEL_STD, atol=1e-3)),
+        f"images of another {' and '.join(resize)}": resize,
         "other pooling": image.get("pool_type", "tok") != "tok"
         or text.get("pool_type", "argmax") != "argmax"
         or image.get("final_ln_after_pool"),

@@ -134,6 +134,7 @@ def test_what_is_refused(tmp_path):
         ("a.pt", {"some.other.model": matrix}, "it lacks 'visual"),
         ("config.json", {"model_type": "siglip", "vision_config": {}}, "unsupported kind of model, a siglip"),
         ("config.json", {"vision_config": {"hidden_act": "gelu_new"}}, "unsupported kind of model, other layers"),
+        ("processor_config.json", {"image_processor": {"resample": 2}}, "images of another resample"),
         ("preprocessor_config.json", {"image_std": [0.229, 0.224, 0.225]}, "pixels of mean None and std [0.229"),
     ):
         write = torch.save if name == "a.pt" else lambda content, path: path.write_text(json.dumps(content))

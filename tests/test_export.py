@@ -130,14 +130,9 @@ AS_RELEASED = {  # our keys and the authors'
 ])  # fmt: skip
 def test_prompts_of_the_authors_trainers(backbone, settings, photos, command):
     """Their tensors are read, at other sizes than ours, and of the rest nothing is run; other learners are refused."""
-    ours = LEARNERS[backbone](frozen()[0], NAMES, **settings).state_dict()
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), 5
-    )
-    state, ask = (
-        {"image_encoder.conv1": torch.ones(2)},
-        "predict.py 1.png --clip demo --classes names.txt --prompt a.tar",
-    )
+    ours, state = LEARNERS[backbone](frozen()[0], NAMES, **settings).state_dict(), {"image_encoder.a": torch.ones(2)}
+    optimizer, ask = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), "predict.py 1.png --clip demo"
+    ask, scheduler = f"{ask} --classes names.txt --prompt a.tar", torch.optim.lr_scheduler.StepLR(optimizer, 5)
     for name, value in ours.items():
         for key, theirs in AS_RELEASED.get(backbone, []):
             name = re.sub(key, theirs, name)
