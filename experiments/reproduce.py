@@ -402,7 +402,7 @@ def make(names, out, args, failed):
     return files, left_out
 
 
-def parse(arguments=None):
+def arguments(words=None):
     """The command line, with its defaults filled in."""
     parser = options.Parser("experiments.reproduce", __doc__)
     add, count = parser.add_argument, options.checked(Count)
@@ -425,7 +425,7 @@ def parse(arguments=None):
     gpus, share = options.checked(Annotated[float, Meta(ge=0, le=64)]), 0.25 if torch.cuda.is_available() else 0.0
     add("--gpus-per-run", type=gpus, default=share, metavar="X", help="default: 0.25 where there is a GPU, else 0")
     add("--memory-per-run", type=count, metavar="MIB", help="that Ray keeps for a cell (default: none)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     if args.serial and args.address is not None:
         parser.error("--serial runs here, --address elsewhere: leave one out")
     for option in ("what", "datasets", "backbones", "seeds"):  # each value once
@@ -448,9 +448,9 @@ def parse(arguments=None):
     return args
 
 
-def main(arguments=None):
+def main(words=None):
     """The command line of experiments/reproduce.py. Returns 1 where a cell failed or a figure was left out."""
-    args = parse(arguments)
+    args = arguments(words)
     out, tables = pathlib.Path(args.out), {name: cells_of(name, args) for name in args.what if name in MADE}
     cells = list(dict.fromkeys(cell for table in tables.values() for of_row in table.values() for cell in of_row))
     if args.plan:

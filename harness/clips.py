@@ -150,10 +150,8 @@ def read_config(config):
 
 def refuse_other_kinds(config):
     """ValueError: a config of open_clip or Hugging Face is of a kind that clip.model.CLIP cannot hold."""
-    model, pixels = (
-        config.get("model_cfg") or config,
-        config.get("preprocess_cfg") or config.get("image_processor") or config,
-    )
+    model = config.get("model_cfg") or config
+    pixels = config.get("preprocess_cfg") or config.get("image_processor") or config
     image, text = (model.get(f"{side}_cfg") or model.get(f"{side}_config") or {} for side in ("vision", "text"))
     mean, std = (pixels.get(name) or pixels.get(f"image_{name}") for name in ("mean", "std"))
     resize = [name for name, ours in RESIZE.items() if pixels.get(name, ours) not in (ours, None)]
@@ -214,7 +212,11 @@ def open_by_package(name, path):
         else:
             return clip.load(name, device="cpu")[0].state_dict(), OPENAI
     except Exception as error:  # each package raises its own
-        why = f"({' '.join(str(error).split())[:300]}): connect to the network, pip install open_clip_torch"
+        unwritable = getattr(error, "filename", None)  # such as in a home that is to be read alone
+        remedy = (
+            "set HOME to a writable folder" if unwritable else "connect to the network, pip install open_clip_torch"
+        )
+        why = f"({' '.join(str(error).split())[:300]}): {remedy}"
         raise FileNotFoundError(f"there is no CLIP '{name}' that can be opened {why}, or give another") from error
     model = build(name, theirs.float().eval().state_dict(), *known)
     image, text = torch.rand(1, 3, *[model.visual.input_resolution] * 2), clip.tokenize("a photo", model.context_length)
