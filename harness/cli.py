@@ -11,6 +11,7 @@ import pathlib
 import re
 import signal
 import sys
+import warnings
 
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ def run_main(name, main):
     A ValueError or OSError is what a user can fix, and so is a machine that has run out of memory: exit code 2, one
     sentence, no traceback.
     """
+    warnings.showwarning = lambda message, *_: warn(" ".join(str(message).split()))  # of Python, in a line too
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a closed stream is None
             stream.reconfigure(errors="backslashreplace")  # letters that the terminal does not have

@@ -7,19 +7,23 @@ into train and test or not.
 import collections
 import csv
 import difflib
+import hashlib
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 from harness import demo
 from harness.cli import printable, warn
 from harness.clips import clip
 from harness.files import decode, no_duplicate_keys, read_text
-from harness.images import FolderReader
-from harness.layouts import LAYOUTS, class_folders, fetch, read_split, split_by_rule
+from harness.images import FolderReader, image_paths, warn_of_odd_images
+from harness.layouts import LAYOUTS, class_folders, fetch, parts_of, read_split, split_by_rule, subfolders, unwrapped
 
 DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
 DATASETS = [*DEMOS, *LAYOUTS, "folder"]
+RULE = "50/20/30% of each class by CoOp's rule, seed 1"
+LABEL_COLUMNS = ["class_name", "classname", "labels", "label", "class", "category", "breed", "species", "name"]
 
 # Datasets -------------------------------------------------------------------------------------------------------------
 
@@ -32,6 +36,7 @@ class Source(NamedTuple):
     template: str  # of zero-shot CLIP
     crop_scale: tuple = (0.08, 1.0)  # of the random resized crop, as shares of the area
     plain: bool = False  # whether images are read as CoOp reads them, not as a viewer shows them
+    rule: str = "the demo's own split"  # where the split comes from
 
     @property
     def read(self):
@@ -62,19 +67,31 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
         domain = full_name(name).removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        kept = kept and {"train": [], "val": [], "test": []} | kept
-        source = Source(kept or folder_split(root, None if names is None else read_folder_names(names)), root, template)
+        if kept:
+            split, rule = {"train": [], "val": [], "test": []} | kept, "as the run kept it"
+        else:
+            split, rule = folder_split(root, None if names is None else read_folder_names(names))
+        source = Source(split, root, template, rule=rule)
         check_classes(source, root if kept is None else "the run's lists.json")
         return source
     if name not in LAYOUTS:
         near = difflib.get_close_matches(name, DATASETS) or DATASETS
         raise ValueError(f"there is no dataset '{name}': did you mean {' or '.join(near)}?")
-    layout, folder = LAYOUTS[name], root / LAYOUTS[name].folder
+    layout, folder = LAYOUTS[name], dataset_folder(name, root)
     if download:
         fetch(name, folder)
-    source = Source(read_split(name, folder), folder / layout.images, layout.template, plain=True)
+    rule = layout.split if layout.split and (folder / layout.split).is_file() else "its own lists, or CoOp's rule"
+    source = Source(read_split(name, folder), folder / layout.images, layout.template, plain=True, rule=rule)
     check_classes(source, folder)
     return source
+
+
+def dataset_folder(name, root):
+    """Where one of the eleven datasets lies: in its folder under `root`, one folder deeper, or in `root` itself."""
+    layout, root = LAYOUTS[name], pathlib.Path(root)
+    mark = layout.images if layout.images != "." else layout.split
+    places = root / layout.folder, *subfolders(root / layout.folder), root
+    return next((place for place in places if (place / mark).exists()), places[0])
 
 
 def class_names(source):
@@ -124,31 +141,88 @@ def target_names(dataset, targets):
 
 
 def folder_split(root, renamed=None):
-    """The split of a user's folder: `root`/train and `root`/test, or class folders split by CoOp's rule.
+    """(Split of a user's folder, where it comes from): parts such as `root`/train and `root`/test, or CoOp's rule.
 
+    The parts hold class folders. Images in no class folders are labeled by a table beside them (`labeled_by_table`).
     renamed: {folder: class name} of all folders, or None. A test class is the training class that has its name, or
-    whose name is the same to CLIP.
+    whose name is the same to CLIP. Without a test part, "val" is the test.
     FileNotFoundError: no such folder. ValueError: no class folders, or one without images or without a name.
     """
-    if not (root / "train").is_dir() or not (root / "test").is_dir():
-        return split_by_rule(named_folders(root, renamed))
-    train, test = (named_folders(root / part, renamed)["all"] for part in ("train", "test"))
-    find = name_finder([name for _, _, name in train])
-    test = [[path, label, find(name) or name] for path, label, name in test]
-    label_of = {name: label for label, name in enumerate(sorted({name for _, _, name in train + test}))}
-    split = {"val": []}
-    for part, items in (("train", train), ("test", test)):
-        split[part] = [[f"{part}/{path}", label_of[name], name] for path, _, name in items]
-    return split
+    place, split = unwrapped(root), {"train": [], "val": [], "test": []}
+    parts = parts_of(place)
+    classes = [path for folder in parts.values() or [place] for path in subfolders(folder)]
+    for path in classes:
+        if not parts and parts_of(path):
+            raise ValueError(f"{path} has parts of its own: the layout is {root}/train/{path.name}/*.jpg")
+    rule, split["train"] = labeled_by_table(root, place, renamed) if len(classes) < 2 else ("", [])
+    if not rule and not parts:
+        return split_by_rule({"all": named_folders(root, root, renamed)}), RULE
+    if not rule:
+        rule = " and ".join(path.name for path in parts.values())
+        split |= {part: named_folders(root, folder, renamed) for part, folder in parts.items()}
+    unused = [path.name for path in subfolders(place) if parts and path not in parts.values()]
+    if unused:
+        warn(f"{place}: left out beside {rule}: {', '.join(unused)}")
+    find = name_finder([name for _, _, name in split["train"]])
+    for item in (item for items in split.values() for item in items):
+        item[2] = find(item[2]) or item[2]
+    names = sorted({name for items in split.values() for _, _, name in items})
+    label_of = {name: label for label, name in enumerate(names)}
+    split = {part: [[path, label_of[name], name] for path, _, name in items] for part, items in split.items()}
+    if not split["test"]:
+        split["test"], split["val"] = split["val"], []
+    if not split["test"]:
+        return split_by_rule({"all": split["train"]}), f"{rule}, and {RULE}"
+    return split, rule
 
 
-def named_folders(folder, renamed):
-    """`class_folders`, named by `renamed` unless it is None. ValueError: it lacks the name of a folder."""
-    lists = class_folders(folder, renamed)
-    unnamed = {path.split("/")[0] for path, _, _ in lists["all"]} - set(renamed or ())
+def named_folders(root, folder, renamed):
+    """The items of `class_folders`, with paths from `root`, named by `renamed` unless it is None.
+
+    ValueError: it lacks the name of a folder.
+    """
+    items, inside = class_folders(folder, renamed)["all"], folder.relative_to(root).as_posix()
+    unnamed = {name for _, _, name in items} - set((renamed or {}).values())
     if renamed is not None and unnamed:
         raise ValueError(f"--names has no name for the class folder {folder / min(unnamed)}: add one")
-    return lists
+    return [[path if folder == root else f"{inside}/{path}", label, name] for path, label, name in items]
+
+
+def labeled_by_table(root, place, renamed):
+    """(Name of the CSV file in the folder `place` that labels its images, items [path, 0, class name]), or ("", []).
+
+    One column has the names of the image files there, with or without their endings. The column of classes is told by
+    its header, or is the only other one. ValueError: that is not clear, or an image has two classes.
+    """
+    paths, found, items = image_paths(place)[0], "", []
+    images = {name: path for path in paths for name in (os.path.basename(path), pathlib.Path(path).stem)}
+    for table in sorted(place.glob("*.[ct]sv")):
+        text = read_text(table)
+        rows = [row for row in csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)) if row]
+        columns = [[cell.strip() for cell in column] for column in zip(*rows)]
+        of_files = [[images.get(re.split(r"[\\/]", cell)[-1]) for cell in column] for column in columns]
+        files = min(of_files, key=lambda column: column.count(None), default=[])
+        if 2 * files.count(None) >= len(files):
+            continue
+        first, columns = int(files[0] is None), [one for one, of in zip(columns, of_files) if of is not files]
+        known = [one for name in LABEL_COLUMNS for one in columns if first and one[0].lower() == name]
+        if not known and len(columns) != 1:
+            raise ValueError(f"{table}: which column has the classes? Call it 'label', or sort the images into folders")
+        pairs = {(image, name) for image, name in zip(files[first:], (known or columns)[0][first:]) if image and name}
+        labels = dict(pairs)
+        if found or len(labels) < len(pairs):
+            raise ValueError(
+                f"{table} gives an image two classes, or {found or 'another'} labels the images too: leave one"
+            )
+        missing = files[first:].count(None), len(paths) - len(labels)
+        if any(missing):
+            warn(
+                f"{table}: {missing[0]} lines name no image, {missing[1]} of {len(paths)} images have no label: left out"
+            )
+        for name, image in sorted((name, image) for image, name in pairs):
+            items.append([(place / image).relative_to(root).as_posix(), 0, (renamed or {}).get(name, name)])
+        found = table.name
+    return found, items
 
 
 def labeled_folder(folder, names, where):
@@ -172,10 +246,18 @@ def labeled_folder(folder, names, where):
 def read_names(path):
     """The class names of a text file, one per line, in its order. Warns about names that are the same to CLIP.
 
+    A JSON list of names will do, and so will numbers from 0 or 1, or WordNet's ids, before the names.
     FileNotFoundError: it cannot be read. ValueError: it holds no name, or one twice.
     """
-    lines = read_text(path, "give a text file in UTF-8 with one class name per line").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    advice = "give a text file in UTF-8 with one class name per line"
+    text = read_text(path, advice)
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.lstrip()[:1] in ("[", "{"):
+        names = decode(text, list[str], path, advice)
+    coded = [re.fullmatch(r"(\d+|n\d{8})[\s,:;]+(.*\S)", name) for name in names]
+    if len(names) > 1 and all(coded) and re.fullmatch(r"0*[01]|n.*", coded[0][1]):
+        warn(f"{path}: the numbers before its {len(names)} names are left out, as in '{names[0]}'")
+        names = [match[2] for match in coded]
     if not names or first_duplicate(names):
         raise ValueError(f"{path} is empty, or has '{first_duplicate(names)}' twice: give each class name once")
     warn_of_same_names(names)
@@ -235,12 +317,19 @@ def warn_of_same_names(names, known=()):
             warn(f"the classes '{first[key]}' and '{name}' have the same name to CLIP: no prompt can tell them apart")
         elif not known:
             first[key] = name
+    codes = [name for name in names if re.fullmatch(r"n?[\d\W_]+", name)]
+    if codes:
+        warn(f"{len(codes)} of {len(names)} names are numbers or codes, such as '{codes[0]}', which tell CLIP nothing")
+
+
+# What a run says before it works --------------------------------------------------------------------------------------
 
 
 def look_for_images(task):
-    """Raises an error before the work begins rather than during it. task: a `data.Task`.
+    """Raises an error before the work begins rather than during it, and warns about the user's own images.
 
-    UnreadableImage: a training image is missing or cannot be opened. FileNotFoundError: test images are missing.
+    task: a `data.Task`. UnreadableImage: a training image is missing or cannot be opened. FileNotFoundError: test
+    images are missing.
     """
     for read, paths in ((task.read, [path for path, _, _ in task.base_train]), (task.new_read, task.new_train)):
         if isinstance(read, FolderReader):  # the demo's images are drawn
@@ -252,17 +341,84 @@ def look_for_images(task):
         if missing:
             text = f"{len(missing)} of {len(test.items)} test images are missing, for example {folder / missing[0]}"
             raise FileNotFoundError(f"{text}: complete the folder, give another --root, or correct the split")
+    own = task.source.image_folder is not None and not task.source.plain
+    images = {part: [(task.source.read, *item) for item in items] for part, items in task.source.split.items() if own}
+    if task.new_names and task.new_answers is None:
+        images["unlabeled"] = [(task.new_read, path, None, None) for path in task.new_train]
+        images["new test"] = (
+            [(task.tests["new"].read, *item) for item in task.tests["new"].items] if "new" in task.tests else []
+        )
+    for read in {read for items in images.values() for read, *_ in items}:
+        warn_of_odd_images(read, [path for items in images.values() for of, path, _, _ in items if of == read])
+    warn_of_copies(
+        {part: [(read.folder / path, name) for read, path, _, name in items] for part, items in images.items()}
+    )
 
 
-def describe(task):
-    """What a run sees of its data, lines of text: of each half its images to tune and to test, and its classes.
+def warn_of_copies(images):
+    """Warns about files that are in training and test at once, or in two classes, byte by byte.
 
-    task: a `data.Task`.
+    images: {part: pairs of path and class name or None}, parts as in a split, "unlabeled" and "new test".
     """
+    content = contents([path for pairs in images.values() for path, _ in pairs])
+    classes = collections.defaultdict(set)
+    for path, name in (pair for pairs in images.values() for pair in pairs if pair[1] is not None):
+        classes[content.get(path)].add(name)
+    twice = [path for path in content if len(classes[content[path]]) > 1]
+    if twice:
+        warn(f"{len(twice)} images are in two classes, byte by byte, for example {twice[0]}: remove the wrong ones")
+    for tuned, test, why in (
+        ("train", "test", "the scores are too high"),
+        ("unlabeled", "new test", "New is transductive"),
+    ):
+        seen = {content.get(path) for path, _ in images.get(tuned, ())} - {None}
+        twice = [path for path, _ in images.get(test, ()) if content.get(path) in seen]
+        if twice:
+            text = f"{len(twice)} of {len(images[test])} {test} images are {tuned} images too, byte by byte"
+            warn(f"{text}, for example {twice[0]}: {why}")
+
+
+def contents(paths):
+    """{path: int} of the files that have the bytes of another one, equal for the same bytes.
+
+    Only files of one size are opened, and only those whose middle is the same are read as a whole.
+    """
+
+    def middle(path):
+        with open(path, "rb") as file:
+            file.seek(os.path.getsize(path) // 2)
+            return file.read(2**14)
+
+    groups = [paths]
+    for key in (os.path.getsize, middle, lambda path: hashlib.sha256(path.read_bytes()).digest()):
+        finer = collections.defaultdict(list)
+        for number, path in ((number, path) for number, group in enumerate(groups) for path in group):
+            finer[number, key(path)].append(path)
+        groups = [group for group in finer.values() if len(group) > 1]
+    return {path: number for number, group in enumerate(groups) for path in group}
+
+
+def describe(task, shots, new_shots):
+    """What a run sees of its data, lines of text: how it is split, and of each half its images and classes.
+
+    task: a `data.Task`. shots, new_shots: images per class that it asks for.
+    """
+    sizes = {part: len(items) for part, items in task.source.split.items()}
+    lines = [
+        f"split by {task.source.rule}: {sizes['train']} training, {sizes['test']} test, {sizes['val']} unused images"
+    ]
     base, new = next(iter(task.tests.values())).items, task.tests["new"].items if "new" in task.tests else []
-    images = f"{len(task.base_train)} labeled images to tune, {len(base)} to test: {', '.join(task.base_names)}"
-    lines = [f"base: {len(task.base_names)} classes, {images}"]
-    if task.new_names:
-        images = f"{len(task.new_train)} unlabeled images to tune, {len(new)} to test: {', '.join(task.new_names)}"
-        lines.append(f"new: {len(task.new_names)} classes, {images}")
+    for half, names, kind, tuned, test, labels, asked in (
+        ("base", task.base_names, "labeled", task.base_train, base, [label for _, label, _ in task.base_train], shots),
+        ("new", task.new_names, "unlabeled", task.new_train, new, task.new_answers or [], new_shots),
+    ):
+        some = f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+        halved = f" (the {'first' if half == 'base' else 'second'} half)" if task.new_answers is not None else ""
+        line = f"{half}: {len(names)} classes{halved}, {len(tuned)} {kind} images to tune, {len(test)} to test: {some}"
+        lines += [line] if names else []
+        few = [count for count in collections.Counter(labels).values() if count < asked]
+        if few:
+            lines.append(
+                f"{len(few)} {half} classes have fewer than {asked} images to tune on; the least is {min(few)}"
+            )
     return "\n".join(map(printable, lines))

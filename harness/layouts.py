@@ -7,6 +7,7 @@ Hugging Face's package `datasets` from sentence-transformers.
 import collections
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,10 +17,15 @@ from torchvision import datasets
 
 from harness.cli import warn
 from harness.files import Items, Split, read_json
-from harness.images import hidden, image_paths, leads_back, warn_left_out
+from harness.images import hidden, image_paths, leads_back, needs_package, warn_left_out
 
 COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 DRIVE = "https://drive.google.com/file/d/"
+PARTS = {  # what folders and lists of a part are called, in lower case
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "dev", "eval", "evaluation"},
+    "test": {"test", "testing"},
+}
 
 # A dataset's own lists ------------------------------------------------------------------------------------------------
 #
@@ -28,17 +34,49 @@ DRIVE = "https://drive.google.com/file/d/"
 # of any type if one is broken.
 
 
+def subfolders(folder):
+    """The folders in a folder, sorted: neither hidden ones nor links back to one above. None in what is no folder."""
+    inner = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+    inner = [folder / entry.name for entry in inner if entry.is_dir() and not hidden(entry.name)]
+    return [path for path in inner if not leads_back(path)]
+
+
+def unwrapped(folder):
+    """The folder of several folders that lies in `folder`, such as an archive's own, or else `folder` itself."""
+    inner = subfolders(folder)
+    return unwrapped(inner[0]) if len(inner) == 1 and subfolders(inner[0]) else folder
+
+
+def parts_of(folder):
+    """{"train", "val", "test": folder} of the subfolders that are named so: Train, testing, valid, train2017, seg_test.
+
+    ValueError: two are of one part, or none is for training.
+    """
+    words, found = {}, {}
+    for path in subfolders(folder):
+        words[path] = set(re.findall("[a-z]+", re.sub("sets?|data|images?|imgs?", " ", path.name.lower())))
+    shared = set.intersection(*words.values()) if len(words) > 1 else set()
+    for path, own in words.items():
+        for part, usual in PARTS.items():
+            if own - shared and own - shared <= usual and found.setdefault(part, path) != path:
+                raise ValueError(f"{path} and {found[part]} both look like the {part} part: move one away")
+    if found and "train" not in found:
+        raise ValueError(f"{next(iter(found.values()))} looks like a part, but there is no folder train beside it")
+    return found if len(found) > 1 or len(words) == 1 else {}  # or "train" is a class of vehicles
+
+
 def class_folders(images, renamed=None, ignored=()):
     """Lists a folder of class folders in sorted order: {"all"}. A class has its folder's name, or that of `renamed`.
 
-    The subfolders of a class folder are searched too. Warns about files that are not used.
+    The subfolders of a class folder are searched too; an archive's own folder around all of them is seen. Warns about
+    files that are not used.
     FileNotFoundError: no such folder. ValueError: it holds no class folder, or one without images.
     """
-    items, others, label = [], collections.Counter(), 0
+    place, items, others, label = unwrapped(images), [], collections.Counter(), 0
     wanted = f"the layout is {images}/<class name>/*.jpg"
     if not images.is_dir():
         raise FileNotFoundError(f"{images} is not a folder: {wanted}")
-    for path in sorted(images.iterdir()):
+    for path in sorted(place.iterdir()):
         if hidden(path.name) or path.name in ignored or leads_back(path):
             continue
         if not path.is_dir():
@@ -46,12 +84,17 @@ def class_folders(images, renamed=None, ignored=()):
             continue
         found, others_here = image_paths(path)
         if not found:
-            raise ValueError(f"the class folder {path} holds no images: add some, or remove it ({wanted})")
-        name = (renamed or {}).get(path.name, path.name)
-        items += [[f"{path.name}/{image}", label, name] for image in found]
+            advice = needs_package(others_here) or "add some, or remove it"
+            raise ValueError(f"the class folder {path} holds no images: {advice} ({wanted})")
+        name, inside = (renamed or {}).get(path.name, path.name), path.relative_to(images).as_posix()
+        items += [[f"{inside}/{image}", label, name] for image in found]
         others, label = others + others_here, label + 1
     if not items:
-        raise ValueError(f"{images} holds no class folders: {wanted}")
+        files = f" but {', '.join(f'{count} {ending}' for ending, count in sorted(others.items()))}" if others else ""
+        raise ValueError(f"{images} holds no class folders{files}: {wanted}")
+    inner = {os.path.dirname(path) for path, _, _ in items}
+    if place != images or not inner & {path.relative_to(images).as_posix() for path in subfolders(place)}:
+        warn(f"the {label} classes are the folders of {place}, whose images lie in {len(inner)} folders")
     warn_left_out(images, others, "that are not images in a class folder")
     return {"all": items}
 

@@ -123,6 +123,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     # Variants and ablations (Tables 4, 5 and 8)
     sampler: option(Name, "batches of MAO's base phase: hard (Eq. 4), or random, random-classes, clip-text, "
                     "clip-confusion (baselines/samplers.py)") = "hard"
+    text_encoder: option(Name | None, "for --sampler hard: a sentence-transformers model, by its name or folder, for "
+                         "class names that MiniLM does not know, such as Chinese ones (default: MiniLM)") = None
     labeler: option(Name, "pseudo-labels: clip (Eq. 7), tuned (Table 5), or balanced, confident, soft, whole "
                     "(baselines/labelers.py)") = "clip"
     no_base: option(bool, "phase 1 is the plain backbone with all its epochs (Table 4 b)") = False
@@ -278,7 +280,8 @@ def check(settings):
     for cause, holds, without_effect in (
         (f"--protocol {protocol}", protocol != "base-to-new", (*of_new_phase, "unlabeled", "no_new")),
         (f"--protocol {protocol}", protocol != "cross-dataset", ("targets",)),
-        ("--no-base", settings.no_base, ("sampler", "anchors", "top_k", "no_reg_base")),
+        ("--no-base", settings.no_base, ("sampler", "anchors", "top_k", "no_reg_base", "text_encoder")),
+        (f"--sampler {settings.sampler}", settings.sampler != "hard", ("text_encoder",)),
         ("--sampler random", settings.sampler == "random", ("anchors", "top_k")),
         ("--no-new", settings.no_new, of_new_phase),
         ("--ctx-init, whose words give the number", settings.ctx_init, ("n_ctx",)),
