@@ -22,6 +22,7 @@ from harness.layouts import LAYOUTS, class_folders, fetch, parts_of, read_split,
 
 DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
 DATASETS = [*DEMOS, *LAYOUTS, "folder"]
+NO_SPLIT = {"train": [], "val": [], "test": []}
 RULE = "50/20/30% of each class by CoOp's rule, seed 1"
 LABEL_COLUMNS = ["class_name", "classname", "labels", "label", "class", "category", "breed", "species", "name"]
 
@@ -67,10 +68,8 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
         domain = full_name(name).removeprefix("demo-")
         return Source(demo.split(domain), None, demo.TEMPLATE, demo.CROP_SCALE)
     if name == "folder":
-        if kept:
-            split, rule = {"train": [], "val": [], "test": []} | kept, "as the run kept it"
-        else:
-            split, rule = folder_split(root, None if names is None else read_folder_names(names))
+        renamed = None if names is None or kept else read_folder_names(names)
+        split, rule = (NO_SPLIT | kept, "the run's lists.json") if kept else folder_split(root, renamed)
         source = Source(split, root, template, rule=rule)
         check_classes(source, root if kept is None else "the run's lists.json")
         return source
@@ -115,7 +114,10 @@ def check_classes(source, where):
     train, test = ({label for _, label, _ in source.split[part]} for part in ("train", "test"))
     for label in sorted(train ^ test):
         lacking = "test" if label in train else "training"
-        raise ValueError(f"{where}: the class '{names[label]}' has no {lacking} image: add some, or remove the class")
+        count = f"{len(train ^ test)} of {len(names)} classes are like that"
+        raise ValueError(
+            f"{where}: the class '{names[label]}' has no {lacking} image ({count}): add some, or remove it"
+        )
     warn_of_same_names(class_names(source).values())
 
 
@@ -148,7 +150,7 @@ def folder_split(root, renamed=None):
     whose name is the same to CLIP. Without a test part, "val" is the test.
     FileNotFoundError: no such folder. ValueError: no class folders, or one without images or without a name.
     """
-    place, split = unwrapped(root), {"train": [], "val": [], "test": []}
+    place, split = unwrapped(root), dict(NO_SPLIT)
     parts = parts_of(place)
     classes = [path for folder in parts.values() or [place] for path in subfolders(folder)]
     for path in classes:
@@ -158,7 +160,7 @@ def folder_split(root, renamed=None):
     if not rule and not parts:
         return split_by_rule({"all": named_folders(root, root, renamed)}), RULE
     if not rule:
-        rule = " and ".join(path.name for path in parts.values())
+        rule = f"the folders {' and '.join(parts[part].name for part in split if part in parts)}"
         split |= {part: named_folders(root, folder, renamed) for part, folder in parts.items()}
     unused = [path.name for path in subfolders(place) if parts and path not in parts.values()]
     if unused:
@@ -194,35 +196,35 @@ def labeled_by_table(root, place, renamed):
     One column has the names of the image files there, with or without their endings. The column of classes is told by
     its header, or is the only other one. ValueError: that is not clear, or an image has two classes.
     """
-    paths, found, items = image_paths(place)[0], "", []
+    paths, tables = image_paths(place)[0], []
     images = {name: path for path in paths for name in (os.path.basename(path), pathlib.Path(path).stem)}
-    for table in sorted(place.glob("*.[ct]sv")):
+    for table in sorted(place.glob("*.[ct]sv")) if len(set(images.values())) == len(paths) else ():
         text = read_text(table)
         rows = [row for row in csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)) if row]
         columns = [[cell.strip() for cell in column] for column in zip(*rows)]
-        of_files = [[images.get(re.split(r"[\\/]", cell)[-1]) for cell in column] for column in columns]
-        files = min(of_files, key=lambda column: column.count(None), default=[])
-        if 2 * files.count(None) >= len(files):
-            continue
-        first, columns = int(files[0] is None), [one for one, of in zip(columns, of_files) if of is not files]
-        known = [one for name in LABEL_COLUMNS for one in columns if first and one[0].lower() == name]
-        if not known and len(columns) != 1:
-            raise ValueError(f"{table}: which column has the classes? Call it 'label', or sort the images into folders")
-        pairs = {(image, name) for image, name in zip(files[first:], (known or columns)[0][first:]) if image and name}
-        labels = dict(pairs)
-        if found or len(labels) < len(pairs):
-            raise ValueError(
-                f"{table} gives an image two classes, or {found or 'another'} labels the images too: leave one"
-            )
-        missing = files[first:].count(None), len(paths) - len(labels)
-        if any(missing):
-            warn(
-                f"{table}: {missing[0]} lines name no image, {missing[1]} of {len(paths)} images have no label: left out"
-            )
-        for name, image in sorted((name, image) for image, name in pairs):
-            items.append([(place / image).relative_to(root).as_posix(), 0, (renamed or {}).get(name, name)])
-        found = table.name
-    return found, items
+        found = [[images.get(re.split(r"[\\/]", cell)[-1]) for cell in column] for column in columns]
+        files = min(found, key=lambda column: column.count(None), default=[])
+        if 2 * files.count(None) < len(files):
+            tables.append((table, files, [column for column, of in zip(columns, found) if of is not files]))
+    if not tables:
+        return "", []
+    table, files, columns = tables[0]
+    header = int(files[0] is None)
+    known = [column for name in LABEL_COLUMNS for column in columns if header and column[0].lower() == name]
+    if len(tables) > 1 or not known and len(columns) != 1:
+        raise ValueError(
+            f"{table} is not the only table there, or has no column 'label': leave one, with such a column"
+        )
+    pairs = sorted(
+        {(name, image) for image, name in zip(files[header:], (known or columns)[0][header:]) if image and name}
+    )
+    if len(pairs) > len({image for _, image in pairs}):
+        raise ValueError(f"{table} gives an image two classes: give each image one")
+    lost, unlabeled = files[header:].count(None), len(paths) - len(pairs)
+    if lost or unlabeled:
+        warn(f"{table}: {lost} of its lines name no image, and {unlabeled} images have no label: left out")
+    start = (place / ".").relative_to(root)
+    return table.name, [[(start / path).as_posix(), 0, (renamed or {}).get(name, name)] for name, path in pairs]
 
 
 def labeled_folder(folder, names, where):
@@ -250,10 +252,9 @@ def read_names(path):
     FileNotFoundError: it cannot be read. ValueError: it holds no name, or one twice.
     """
     advice = "give a text file in UTF-8 with one class name per line"
-    text = read_text(path, advice)
+    text = read_text(path, advice).strip()
     names = [line.strip() for line in text.splitlines() if line.strip()]
-    if text.lstrip()[:1] in ("[", "{"):
-        names = decode(text, list[str], path, advice)
+    names = decode(text, list[str], path, advice) if text.startswith(("[", "{")) else names
     coded = [re.fullmatch(r"(\d+|n\d{8})[\s,:;]+(.*\S)", name) for name in names]
     if len(names) > 1 and all(coded) and re.fullmatch(r"0*[01]|n.*", coded[0][1]):
         warn(f"{path}: the numbers before its {len(names)} names are left out, as in '{names[0]}'")
@@ -341,61 +342,58 @@ def look_for_images(task):
         if missing:
             text = f"{len(missing)} of {len(test.items)} test images are missing, for example {folder / missing[0]}"
             raise FileNotFoundError(f"{text}: complete the folder, give another --root, or correct the split")
-    own = task.source.image_folder is not None and not task.source.plain
-    images = {part: [(task.source.read, *item) for item in items] for part, items in task.source.split.items() if own}
+    own, source = {}, task.source
+    if source.image_folder is not None and not source.plain:
+        for part, items in source.split.items():
+            own[part] = [(source.image_folder / path, name) for path, _, name in items]
     if task.new_names and task.new_answers is None:
-        images["unlabeled"] = [(task.new_read, path, None, None) for path in task.new_train]
-        images["new test"] = (
-            [(task.tests["new"].read, *item) for item in task.tests["new"].items] if "new" in task.tests else []
-        )
-    for read in {read for items in images.values() for read, *_ in items}:
-        warn_of_odd_images(read, [path for items in images.values() for of, path, _, _ in items if of == read])
-    warn_of_copies(
-        {part: [(read.folder / path, name) for read, path, _, name in items] for part, items in images.items()}
-    )
+        own["unlabeled"] = [(task.new_read.folder / path, None) for path in task.new_train]
+        for test in [task.tests["new"]] if "new" in task.tests else ():
+            own["new test"] = [(test.read.folder / path, name) for path, _, name in test.items]
+    warn_of_odd_images([path for part in own if part != "unlabeled" for path, _ in own[part]])
+    warn_of_copies(own)
 
 
-def warn_of_copies(images):
+def warn_of_copies(own):
     """Warns about files that are in training and test at once, or in two classes, byte by byte.
 
-    images: {part: pairs of path and class name or None}, parts as in a split, "unlabeled" and "new test".
+    own: {part: pairs of path and class name or None}, parts as in a split, "unlabeled" and "new test".
     """
-    content = contents([path for pairs in images.values() for path, _ in pairs])
-    classes = collections.defaultdict(set)
-    for path, name in (pair for pairs in images.values() for pair in pairs if pair[1] is not None):
-        classes[content.get(path)].add(name)
-    twice = [path for path in content if len(classes[content[path]]) > 1]
-    if twice:
-        warn(f"{len(twice)} images are in two classes, byte by byte, for example {twice[0]}: remove the wrong ones")
-    for tuned, test, why in (
-        ("train", "test", "the scores are too high"),
+    content = contents([path for pairs in own.values() for path, _ in pairs])
+    twice = {part: [(content[path], path, name) for path, name in own[part] if path in content] for part in own}
+    pairs = {(number, name) for found in twice.values() for number, _, name in found if name is not None}
+    double = {number for number, count in collections.Counter(number for number, _ in pairs).items() if count > 1}
+    found = [path for path, number in content.items() if number in double]
+    if found:
+        warn(f"{len(found)} images are in two classes, byte by byte, for example {found[0]}: remove the wrong ones")
+    for tuned, test, result in (
+        ("train", "test", "scores are too high"),
         ("unlabeled", "new test", "New is transductive"),
     ):
-        seen = {content.get(path) for path, _ in images.get(tuned, ())} - {None}
-        twice = [path for path, _ in images.get(test, ()) if content.get(path) in seen]
-        if twice:
-            text = f"{len(twice)} of {len(images[test])} {test} images are {tuned} images too, byte by byte"
-            warn(f"{text}, for example {twice[0]}: {why}")
+        seen = {number for number, _, _ in twice.get(tuned, ())}
+        found = [path for number, path, _ in twice.get(test, ()) if number in seen]
+        if found:
+            text = f"{len(found)} of {len(own[test])} {test} images are {tuned} images too, byte by byte"
+            warn(f"{text}, for example {found[0]}: {result}")
 
 
 def contents(paths):
     """{path: int} of the files that have the bytes of another one, equal for the same bytes.
 
-    Only files of one size are opened, and only those whose middle is the same are read as a whole.
+    Only files of one size are opened, and only those with the same 16 KiB in the middle are read as a whole.
     """
 
-    def middle(path):
+    def digest(path, length):
         with open(path, "rb") as file:
-            file.seek(os.path.getsize(path) // 2)
-            return file.read(2**14)
+            file.seek(os.path.getsize(path) // 2 if length else 0)
+            return hashlib.sha256(file.read(length)).digest()
 
-    groups = [paths]
-    for key in (os.path.getsize, middle, lambda path: hashlib.sha256(path.read_bytes()).digest()):
-        finer = collections.defaultdict(list)
-        for number, path in ((number, path) for number, group in enumerate(groups) for path in group):
-            finer[number, key(path)].append(path)
-        groups = [group for group in finer.values() if len(group) > 1]
-    return {path: number for number, group in enumerate(groups) for path in group}
+    keys = {path: os.path.getsize(path) for path in paths}
+    for length in (2**14, None):
+        count = collections.Counter(map(keys.get, paths))
+        keys = {path: (key, digest(path, length)) for path, key in keys.items() if count[key] > 1}
+    count = collections.Counter(map(keys.get, paths))
+    return {path: key for path, key in keys.items() if count[key] > 1}
 
 
 def describe(task, shots, new_shots):
@@ -403,22 +401,18 @@ def describe(task, shots, new_shots):
 
     task: a `data.Task`. shots, new_shots: images per class that it asks for.
     """
-    sizes = {part: len(items) for part, items in task.source.split.items()}
-    lines = [
-        f"split by {task.source.rule}: {sizes['train']} training, {sizes['test']} test, {sizes['val']} unused images"
-    ]
+    train, val, test = (len(task.source.split[part]) for part in ("train", "val", "test"))
+    lines = [f"split by {task.source.rule}: {train} training, {test} test, {val} unused images"]
     base, new = next(iter(task.tests.values())).items, task.tests["new"].items if "new" in task.tests else []
-    for half, names, kind, tuned, test, labels, asked in (
-        ("base", task.base_names, "labeled", task.base_train, base, [label for _, label, _ in task.base_train], shots),
-        ("new", task.new_names, "unlabeled", task.new_train, new, task.new_answers or [], new_shots),
+    labels, asked = [label for _, label, _ in task.base_train], shots
+    for half, names, images in (
+        ("base", task.base_names, f"{len(labels)} labeled images to tune, {len(base)} to test"),
+        ("new", task.new_names, f"{len(task.new_train)} unlabeled images to tune, {len(new)} to test"),
     ):
-        some = f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
-        halved = f" (the {'first' if half == 'base' else 'second'} half)" if task.new_answers is not None else ""
-        line = f"{half}: {len(names)} classes{halved}, {len(tuned)} {kind} images to tune, {len(test)} to test: {some}"
-        lines += [line] if names else []
-        few = [count for count in collections.Counter(labels).values() if count < asked]
-        if few:
-            lines.append(
-                f"{len(few)} {half} classes have fewer than {asked} images to tune on; the least is {min(few)}"
-            )
+        count, few = len(names), [count for count in collections.Counter(labels).values() if count < asked]
+        less = f" ({len(few)} classes have fewer than {asked}, the least {min(few)})" if few else ""
+        lines += [f"{half}: {count} classes, {images}{less}: {', '.join(names[:20])}{', ...' * (count > 20)}"] * bool(
+            names
+        )
+        labels, asked = task.new_answers or (), new_shots
     return "\n".join(map(printable, lines))

@@ -38,6 +38,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 KEPT_MIB = 1024  # memory for decoded training images, all workers together
 LONGEST = 100  # an image's longer side, in shorter ones: the resize of a line one pixel wide would fill the memory
+SRGB_CICP = (b"", b"\1\1", b"\1\r")  # primaries and transfer
 SRGB, GRADIENT = ImageCms.createProfile("sRGB"), Image.linear_gradient("L")
 COLORS = Image.merge("RGB", [GRADIENT, GRADIENT.rotate(90), Image.radial_gradient("L")])
 
@@ -136,22 +137,19 @@ def to_8_bits(image):
     values, transparent = np.asarray(image).astype(np.float64), image.info.get("transparency")
     white = white_of(image, values.max(initial=0))
     scaled = np.rint(np.minimum(values, white) * (255 / white)).astype(np.uint8)
-    gray = Image.fromarray(255 - scaled if tiff_tag(image, 262) == 0 else scaled)  # a TIFF whose white is zero
+    gray = Image.fromarray(
+        255 - scaled if getattr(image, "tag_v2", {}).get(262) == 0 else scaled
+    )  # a TIFF whose white is zero
     if isinstance(transparent, int):  # the value that a PNG declares transparent
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     gray.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return gray
 
 
-def tiff_tag(image, number, otherwise=None):
-    """The first value of a TIFF's tag, or `otherwise`: it has none, or the image is no TIFF."""
-    value = getattr(image, "tag_v2", {}).get(number, otherwise)
-    return value[0] if isinstance(value, tuple) else value
-
-
 def white_of(image, highest=65535):
     """The value of white in a gray image of 16 bits whose highest value is given."""
-    stated = tiff_tag(image, 281, 2 ** tiff_tag(image, 258, 16) - 1)  # MaxSampleValue, BitsPerSample
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    stated = tags.get(281, [2 ** tags.get(258, [16])[0] - 1])[0]  # MaxSampleValue, or by BitsPerSample
     return next((white for white in (1023, 4095) if highest <= white < stated == 65535), stated)
 
 
@@ -160,43 +158,43 @@ def oddities(image, head):
 
     head: the first bytes of its file.
     """
-    info, gray, deep, clear = image.info, image.mode.startswith("I"), ";16" in str(image.tile), False
+    info, gray, clear = image.info, image.mode.startswith("I"), False
     bare, red = not {"icc_profile", "srgb"} & info.keys(), info.get("chromaticity", [0.64] * 3)[2]
     other = not 0.43 < info.get("gamma", 0.4545) < 0.48 or abs(red - 0.64) > 0.01
-    other = bare and (other or image.getexif().get_ifd(0xA005).get(1) == "R03")  # R03: Adobe RGB
+    other = other or image.getexif().get_ifd(0xA005).get(1) == "R03"  # Adobe RGB
     cicp = head.partition(b"cICP")[2][:2] if image.format == "PNG" else b""
     across, down = info.get("jfif_density") or info.get("dpi") or info.get("aspect") or (1, 1)
-    several = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-    dark = (gray or deep) and np.asarray(image).max() < 0.25 * (white_of(image) if gray else 255)
+    unusable = "icc_profile" in info and to_srgb(info["icc_profile"], image.mode) is None
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    dark = ";16" in str(image.tile) and np.asarray(image).max() < 0.25 * (white_of(image) if gray else 255)
     if image.has_transparency_data and not gray:
         alpha = np.asarray(image.convert("RGBA"))[:, :, 3]
-        clear = alpha.max() < 255 or ((alpha > 0) & (alpha < 255)).mean() > 0.5
+        clear = alpha.max() < 255 or np.isin(alpha, (0, 255)).mean() < 0.5
     phrases = {
         "use less than a quarter of 16 bits: gray ones up to 4095 are scaled as 12 bits, others look dark": dark,
         "are mostly half transparent, so that white shows through: is their last band transparency?": clear,
-        "have a color profile that is broken or for another kind of image: shown as sRGB": "icc_profile" in info
-        and to_srgb(info["icc_profile"], image.mode) is None,
+        "have a color profile that is broken or for another kind of image: shown as sRGB": unusable,
         "are CMYK without a color profile: their colors are a guess": image.mode == "CMYK" and bare,
-        "name a color space by cICP, gAMA, cHRM or EXIF: shown as sRGB": other or cicp not in (b"", b"\1\1", b"\1\r"),
+        "name a color space by cICP, gAMA, cHRM or EXIF: shown as sRGB": bare and other or cicp not in SRGB_CICP,
         "have pixels that are not square: shown as if they were": not 0.95 * down <= across <= 1.05 * down,
-        "have several frames: the first one is used": several,
+        "have several frames: the first one is used": frames > 1,
     }
     return [phrase for phrase, holds in phrases.items() if holds]
 
 
-def warn_of_odd_images(read, paths):
-    """Warns about images whose files say more about how to show them than is used here: a line for each kind.
+def warn_of_odd_images(paths):
+    """Warns about image files that say more about how to show them than is used here: a line for each kind.
 
-    read: a `FolderReader`. paths: as it takes them; of many, about 300 are looked at.
+    paths: a list; of a long one, about 300 are looked at.
     """
     looked_at, found = paths[:: len(paths) // 300 + 1], collections.defaultdict(list)
     for path in looked_at:
-        with contextlib.suppress(Exception), open(read.folder / path, "rb") as file:  # broken: who reads it says so
+        with contextlib.suppress(Exception), open(path, "rb") as file:  # a broken one: who reads it says so
             head = file.read(4096)
             for phrase in oddities(Image.open(file), head):
                 found[phrase].append(path)
     for phrase, odd in found.items():
-        warn(f"{read.folder}: {len(odd)} of {len(looked_at)} images {phrase} (for example {odd[0]})")
+        warn(f"{len(odd)} of {len(looked_at)} images {phrase} (for example {odd[0]})")
 
 
 def needs_package(endings):
@@ -257,7 +255,7 @@ def find_images(folder):
         advice = needs_package(others) or "give a folder that does"
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_ENDINGS))}): {advice}")
     warn_left_out(folder, others)
-    warn_of_odd_images(FolderReader(pathlib.Path(folder)), found)
+    warn_of_odd_images([os.path.join(folder, path) for path in found])
     return found
 
 
