@@ -380,7 +380,7 @@ def warn_of_copies(own):
 def contents(paths):
     """{path: int} of the files that have the bytes of another one, equal for the same bytes.
 
-    Only files of one size are opened, and only those with the same 16 KiB in the middle are read as a whole.
+    Only files of one size are opened, and only those with the same 4 KiB in the middle are read as a whole.
     """
 
     def digest(path, length):
@@ -389,7 +389,7 @@ def contents(paths):
             return hashlib.sha256(file.read(length)).digest()
 
     keys = {path: os.path.getsize(path) for path in paths}
-    for length in (2**14, None):
+    for length in (2**12, None):
         count = collections.Counter(map(keys.get, paths))
         keys = {path: (key, digest(path, length)) for path, key in keys.items() if count[key] > 1}
     count = collections.Counter(map(keys.get, paths))

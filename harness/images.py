@@ -161,7 +161,7 @@ def oddities(image, head):
     info, gray, clear = image.info, image.mode.startswith("I"), False
     bare, red = not {"icc_profile", "srgb"} & info.keys(), info.get("chromaticity", [0.64] * 3)[2]
     other = not 0.43 < info.get("gamma", 0.4545) < 0.48 or abs(red - 0.64) > 0.01
-    other = other or image.getexif().get_ifd(0xA005).get(1) == "R03"  # Adobe RGB
+    other = other or image.format == "JPEG" and image.getexif().get_ifd(0xA005).get(1) == "R03"  # Adobe RGB
     cicp = head.partition(b"cICP")[2][:2] if image.format == "PNG" else b""
     across, down = info.get("jfif_density") or info.get("dpi") or info.get("aspect") or (1, 1)
     unusable = "icc_profile" in info and to_srgb(info["icc_profile"], image.mode) is None

@@ -94,9 +94,8 @@ def class_folders(images, renamed=None, ignored=()):
         raise ValueError(f"{images} holds no class folders{files}: {wanted}")
     inner = {os.path.dirname(path) for path, _, _ in items}
     if place != images or not inner & {path.relative_to(images).as_posix() for path in subfolders(place)}:
-        warn(
-            f"the {label} classes are the folders of {place}, whose images lie in {len(inner)} folders such as {min(inner)}"
-        )
+        where = f"in {len(inner)} folders such as {min(inner)}"
+        warn(f"the {label} classes are the folders of {place}, whose images lie {where}")
     warn_left_out(images, others, "that are not images in a class folder")
     return {"all": items}
 
