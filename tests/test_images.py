@@ -164,7 +164,7 @@ def test_what_a_header_says_is_used_or_said(tmp_path, capsys):
     assert "not square" in only("a.jpg", rgb, dpi=(72, 144)) and only("a.jpg", rgb, dpi=(72, 72)) == ""
     assert "several frames" in only("a.gif", rgb, save_all=True, append_images=[rgb.rotate(180)])
     exif = Image.Exif()
-    exif[0xA005] = {1: "R03"}
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     assert "by cICP, gAMA, cHRM or EXIF" in only("a.jpg", rgb, exif=exif)
     only("a.png", rgb)
     content = (tmp_path / "a.png").read_bytes()
