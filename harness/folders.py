@@ -160,7 +160,7 @@ def folder_split(root, renamed=None):
     if not rule and not parts:
         return split_by_rule({"all": named_folders(root, root, renamed)}), RULE
     if not rule:
-        rule = f"the folders {' and '.join(parts[part].name for part in split if part in parts)}"
+        rule = f"the folders {', '.join(parts[part].name for part in split if part in parts)}"
         split |= {part: named_folders(root, folder, renamed) for part, folder in parts.items()}
     unused = [path.name for path in subfolders(place) if parts and path not in parts.values()]
     if unused:

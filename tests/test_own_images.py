@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import zlib
 from unittest import mock
 
 import pytest
@@ -101,6 +102,97 @@ def test_folders_named_by_a_file_and_words_of_ones_own(own, tmp_path, command):
     refuses(command("run.py --template {}"), "--template")
 
 
+def class_folders(folder, names=("cat", "dog", "fox"), count=6):
+    """Class folders of noise, each image another."""
+    for name in names:
+        for number in range(count):
+            draw(folder / name / f"{number}.png", zlib.crc32(f"{folder}{name}{number}".encode()))
+
+
+def test_parts_by_any_usual_name(tmp_path, capsys):
+    """Also in an archive's own folder, and in folders around the class folders. What is left out is said."""
+    for number, (parts, expected) in enumerate({
+        "Train Valid Test": [18, 18, 18], "training validation testing": [18, 18, 18], "TRAIN dev": [18, 0, 18],
+        "train_set test_set": [18, 0, 18], "seg_train/seg_train seg_test/seg_test seg_pred/x": [18, 0, 18],
+        "archive/Train": [9, 3, 6], "archive/photos": [9, 3, 6]}.items()):  # fmt: skip
+        for part in parts.split():
+            class_folders(tmp_path / str(number) / part)
+        found = split(tmp_path / str(number))
+        assert sizes(found) == expected and {name for items in found.values() for *_, name in items} == {
+            "cat",
+            "dog",
+            "fox",
+        }
+        assert ("left out beside the folders seg_train, seg_test: seg_pred" in capsys.readouterr().err) == (
+            "pred" in parts
+        )
+
+
+def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
+    """Never a class named Test; but one named train beside other vehicles. Classes that have subfolders are said."""
+    wrong = {"Valid Test": "no folder train", ". Test": "no folder train", "train Training": "both look like the train part",
+             "cat/train cat/test dog/train dog/test": "cat has parts of its own"}  # fmt: skip
+    for number, (folder, sentence) in enumerate(wrong.items()):
+        for part in folder.split():
+            class_folders(tmp_path / str(number) / part)
+        with pytest.raises(ValueError, match=sentence):
+            split(tmp_path / str(number))
+    with pytest.raises(ValueError, match="no class folders but 6 .png"):
+        split(tmp_path / "0" / "Test" / "cat")
+    class_folders(tmp_path / "0" / "Test", ["lynx"])
+    (tmp_path / "0" / "Valid").rename(tmp_path / "0" / "train")
+    with pytest.raises(ValueError, match="'lynx' has no training image .1 of 4 classes"):
+        split(tmp_path / "0")
+    class_folders(tmp_path / "vehicles", ["train", "car", "bus"])
+    assert {name for _, _, name in split(tmp_path / "vehicles")["test"]} == {"train", "car", "bus"}
+    class_folders(tmp_path / "art" / "photo")
+    class_folders(tmp_path / "art" / "sketch")
+    assert len(folders.class_names(folders.open_dataset("folder", tmp_path / "art"))) == 2
+    assert "the 2 classes are the folders of" in (err := capsys.readouterr().err) and "lie in 6 folders" in err
+
+
+def test_labels_in_a_table(tmp_path, capsys):
+    """The columns are told by what is in them and by their header, or the table is refused."""
+    for number in range(18):
+        draw(tmp_path / "images" / f"{number}.png", number)
+    for header, line, wrong in (
+        ("filename,label\n", "{i}.png,{name}", None),
+        ("", "images/{i}.png;{name}", None),
+        ("image\tsize\tclass\n", "C:\\a\\{i}.png\t32\t{name}", None),
+        ("file,size,kind\n", "{i}.png,9,{name}", "no column 'label'"),
+        ("id,breed\n0,owl\n", "{i},{name}", "gives an image two classes"),
+        ("id,breed\n99,owl\n", "{i},{name}", None),
+    ):
+        lines = [line.format(i=i, name=["cat", "dog", "fox"][i % 3]) for i in range(18)]
+        (tmp_path / "labels.csv").write_text(header + "\n".join(lines))
+        if wrong:
+            with pytest.raises(ValueError, match=wrong):
+                split(tmp_path)
+            continue
+        found = split(tmp_path)
+        assert sizes(found) == [9, 3, 6]
+        for path, label, name in found["train"] + found["test"]:
+            assert name == ["cat", "dog", "fox"][int(path[7:-4]) % 3] and label == "cdf".index(name[0])
+        assert ("1 of its lines name no image" in capsys.readouterr().err) == ("99" in header)
+
+
+def test_copies_are_counted(tmp_path, capsys):
+    """Byte by byte: in training and test, in two classes, and unlabeled images that are the test images."""
+    (tmp_path / "names.txt").write_text("owl\n")
+    class_folders(tmp_path / "own" / "train")
+    class_folders(tmp_path / "own" / "test")
+    for name in "01":
+        shutil.copy(tmp_path / "own/train/cat/0.png", tmp_path / f"own/test/cat/copy{name}.png")
+    shutil.copy(tmp_path / "own/train/dog/1.png", tmp_path / "own/train/fox/x.png")
+    class_folders(tmp_path / "new", ["owl"])
+    ask = {"dataset": "folder", "root": str(tmp_path / "own"), "unlabeled": str(tmp_path / "new")}
+    ask |= {"new_test": str(tmp_path / "new"), "new_classes": str(tmp_path / "names.txt")}
+    task, err = data.open_task(options.Settings(**ask)), capsys.readouterr().err
+    assert "2 of 20 test images are train images too" in err and "2 images are in two classes" in err
+    assert "6 of 6 new test images are unlabeled images too" in err and "transductive" in err and err.count("\n") == 3
+    assert "(3 classes have fewer than 16, the least 6)" in folders.describe(task, 16, 16)
+
+
 # New classes without labels, and predictions --------------------------------------------------------------------------
 
 
@@ -154,7 +246,7 @@ NEW = f"{TUNE} --root own --unlabeled new --new-classes names.txt"
 PREDICT = "predict.py --prompt run/new.safetensors --classes names.txt --out x.csv"
 WRONG = {
     f"{TUNE} --root own/old_gate": "holds no class folders",
-    f"{TUNE} --root two": "2 classes are too few",
+    f"{TUNE} --root two": "2 classes are too few for base and new: give 3, or --protocol few-shot",
     f"{TUNE} --root one": "'Red Door' has no training image",
     f"{TUNE} --root own --unlabeled new": "belong together",
     f"{NEW} --unlabeled nowhere": "nowhere is not a folder",
