@@ -154,6 +154,14 @@ def test_lists_draws_and_halves_are_coops(name, tmp_path, command, capsys):
         assert task.tests["new"].items == [[path, 0, name] for path, label, name in expected["test"] if label == 2]
 
 
+@pytest.mark.parametrize("place", ["dtd/dtd-r1.0.1", "dtd/images/..", "."])
+def test_an_archive_one_level_off(place, tmp_path):
+    plain_folders(tmp_path / place)
+    source = folders.open_dataset("dtd", tmp_path)
+    assert [len(source.split[part]) for part in source.split] == [18, 9, 12]
+    assert (source.image_folder / source.split["test"][0][0]).is_file()
+
+
 # Downloads ------------------------------------------------------------------------------------------------------------
 
 

