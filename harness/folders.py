@@ -114,10 +114,8 @@ def check_classes(source, where):
     train, test = ({label for _, label, _ in source.split[part]} for part in ("train", "test"))
     for label in sorted(train ^ test):
         lacking = "test" if label in train else "training"
-        count = f"{len(train ^ test)} of {len(names)} classes are like that"
-        raise ValueError(
-            f"{where}: the class '{names[label]}' has no {lacking} image ({count}): add some, or remove it"
-        )
+        few = f"{len(train ^ test)} of {len(names)} classes lack some"
+        raise ValueError(f"{where}: the class '{names[label]}' has no {lacking} image ({few}): add some, or remove it")
     warn_of_same_names(class_names(source).values())
 
 
@@ -282,7 +280,8 @@ def read_folder_names(path):
     found = {folder.strip(): name.strip() for folder, name in found.items()}
     wrong = first_duplicate(found.values()) or ("" if "" in found.values() else None)
     if wrong is not None:
-        raise ValueError(f"--names {path} has '{wrong}' twice or as a name: give each folder its own name")
+        advice = "name each folder once; labels of images belong into --root"
+        raise ValueError(f"--names {path} has '{wrong}' twice or as a name: {advice}")
     return found
 
 
@@ -318,9 +317,9 @@ def warn_of_same_names(names, known=()):
             warn(f"the classes '{first[key]}' and '{name}' have the same name to CLIP: no prompt can tell them apart")
         elif not known:
             first[key] = name
-    codes = [name for name in names if re.fullmatch(r"n?[\d\W_]+", name)]
+    codes = [name for name in names if re.fullmatch(r"n?\d+", name)]
     if codes:
-        warn(f"{len(codes)} of {len(names)} names are numbers or codes, such as '{codes[0]}', which tell CLIP nothing")
+        warn(f"{len(codes)} of {len(names)} names are numbers, such as '{codes[0]}', which tell CLIP nothing")
 
 
 # What a run says before it works --------------------------------------------------------------------------------------
@@ -359,26 +358,22 @@ def warn_of_copies(own):
 
     own: {part: pairs of path and class name or None}, parts as in a split, "unlabeled" and "new test".
     """
-    content = contents([path for pairs in own.values() for path, _ in pairs])
-    twice = {part: [(content[path], path, name) for path, name in own[part] if path in content] for part in own}
-    pairs = {(number, name) for found in twice.values() for number, _, name in found if name is not None}
-    double = {number for number, count in collections.Counter(number for number, _ in pairs).items() if count > 1}
-    found = [path for path, number in content.items() if number in double]
+    content, names = contents([path for pairs in own.values() for path, _ in pairs]), collections.defaultdict(set)
+    for path, name in (pair for pairs in own.values() for pair in pairs if pair[1] is not None):
+        names[content.get(path)].add(name)
+    found = [path for path in content if len(names[content[path]]) > 1]
     if found:
         warn(f"{len(found)} images are in two classes, byte by byte, for example {found[0]}: remove the wrong ones")
-    for tuned, test, result in (
-        ("train", "test", "scores are too high"),
-        ("unlabeled", "new test", "New is transductive"),
-    ):
-        seen = {number for number, _, _ in twice.get(tuned, ())}
-        found = [path for number, path, _ in twice.get(test, ()) if number in seen]
+    for tuned, test, result in (("train", "test", "scores too high"), ("unlabeled", "new test", "New is transductive")):
+        seen = {content.get(path) for path, _ in own.get(tuned, ())} - {None}
+        found = [path for path, _ in own.get(test, ()) if content.get(path) in seen]
         if found:
             text = f"{len(found)} of {len(own[test])} {test} images are {tuned} images too, byte by byte"
             warn(f"{text}, for example {found[0]}: {result}")
 
 
 def contents(paths):
-    """{path: int} of the files that have the bytes of another one, equal for the same bytes.
+    """{path: what is equal for files of the same bytes} of the files that may have the bytes of another one.
 
     Only files of one size are opened, and only those with the same 4 KiB in the middle are read as a whole.
     """
@@ -388,12 +383,11 @@ def contents(paths):
             file.seek(os.path.getsize(path) // 2 if length else 0)
             return hashlib.sha256(file.read(length)).digest()
 
-    keys = {path: os.path.getsize(path) for path in paths}
+    keys = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
     for length in (2**12, None):
         count = collections.Counter(map(keys.get, paths))
         keys = {path: (key, digest(path, length)) for path, key in keys.items() if count[key] > 1}
-    count = collections.Counter(map(keys.get, paths))
-    return {path: key for path, key in keys.items() if count[key] > 1}
+    return keys
 
 
 def describe(task, shots, new_shots):
@@ -402,17 +396,16 @@ def describe(task, shots, new_shots):
     task: a `data.Task`. shots, new_shots: images per class that it asks for.
     """
     train, val, test = (len(task.source.split[part]) for part in ("train", "val", "test"))
-    lines = [f"split by {task.source.rule}: {train} training, {test} test, {val} unused images"]
+    halved = "" if task.new_answers is None else "; base is the first half of the classes, new the second"
+    lines = [f"split by {task.source.rule}: {train} training, {test} test, {val} unused images{halved}"]
     base, new = next(iter(task.tests.values())).items, task.tests["new"].items if "new" in task.tests else []
-    labels, asked = [label for _, label, _ in task.base_train], shots
-    for half, names, images in (
-        ("base", task.base_names, f"{len(labels)} labeled images to tune, {len(base)} to test"),
-        ("new", task.new_names, f"{len(task.new_train)} unlabeled images to tune, {len(new)} to test"),
-    ):
-        count, few = len(names), [count for count in collections.Counter(labels).values() if count < asked]
+    halves = [("base", "labeled", task.base_names, [label for _, label, _ in task.base_train], base, shots)]
+    if task.new_names:
+        labels = task.new_answers or [None] * len(task.new_train)
+        halves.append(("new", "unlabeled", task.new_names, labels, new, new_shots))
+    for half, kind, names, labels, test, asked in halves:
+        few = [count for label, count in collections.Counter(labels).items() if label is not None and count < asked]
         less = f" ({len(few)} classes have fewer than {asked}, the least {min(few)})" if few else ""
-        lines += [f"{half}: {count} classes, {images}{less}: {', '.join(names[:20])}{', ...' * (count > 20)}"] * bool(
-            names
-        )
-        labels, asked = task.new_answers or (), new_shots
+        images = f"{len(labels)} {kind} images to tune{less}, {len(test)} to test"
+        lines.append(f"{half}: {len(names)} classes, {images}: {', '.join(names[:20])}{', ...' * (len(names) > 20)}")
     return "\n".join(map(printable, lines))

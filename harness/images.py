@@ -117,7 +117,7 @@ def to_srgb(profile, mode):
     The transform is None where it would change nothing. Returns None where there is no profile, or it is broken or for
     another kind of image: viewers then ignore it.
     """
-    for kind in ("CMYK",) if mode == "CMYK" else ("L", "RGB") if mode in ("1", "L", "LA", "I;16") else ("RGB",):
+    for kind in ("CMYK",) if mode == "CMYK" else ("L", "RGB") if mode in ("1", "L", "LA") else ("RGB",):
         with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError):
             transform, before = ImageCms.buildTransform(io.BytesIO(profile), SRGB, kind, "RGB"), COLORS.convert(kind)
             change = ImageChops.difference(ImageCms.applyTransform(before, transform), before.convert("RGB"))
@@ -164,7 +164,7 @@ def oddities(image, head):
     other = other or image.format == "JPEG" and image.getexif().get_ifd(0xA005).get(1) == "R03"  # Adobe RGB
     cicp = head.partition(b"cICP")[2][:2] if image.format == "PNG" else b""
     across, down = info.get("jfif_density") or info.get("dpi") or info.get("aspect") or (1, 1)
-    unusable = "icc_profile" in info and to_srgb(info["icc_profile"], image.mode) is None
+    unusable = "icc_profile" in info and to_srgb(info["icc_profile"], "L" if gray else image.mode) is None
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     dark = ";16" in str(image.tile) and np.asarray(image).max() < 0.25 * (white_of(image) if gray else 255)
     if image.has_transparency_data and not gray:

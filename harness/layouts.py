@@ -21,11 +21,7 @@ from harness.images import hidden, image_paths, leads_back, needs_package, warn_
 
 COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 DRIVE = "https://drive.google.com/file/d/"
-PARTS = {  # what folders and lists of a part are called, in lower case
-    "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "dev", "eval", "evaluation"},
-    "test": {"test", "testing"},
-}
+PARTS = {"train": "train training", "val": "val valid validation dev eval evaluation", "test": "test testing"}
 
 # A dataset's own lists ------------------------------------------------------------------------------------------------
 #
@@ -36,9 +32,8 @@ PARTS = {  # what folders and lists of a part are called, in lower case
 
 def subfolders(folder):
     """The folders in a folder, sorted: neither hidden ones nor links back to one above. None in what is no folder."""
-    inner = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
-    inner = [folder / entry.name for entry in inner if entry.is_dir() and not hidden(entry.name)]
-    return [path for path in inner if not leads_back(path)]
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()] if folder.is_dir() else []
+    return [folder / name for name in sorted(names) if not hidden(name) and not leads_back(folder / name)]
 
 
 def unwrapped(folder):
@@ -52,14 +47,13 @@ def parts_of(folder):
 
     ValueError: two are of one part, or none is for training.
     """
-    words, found = {}, {}
-    for path in subfolders(folder):
-        words[path] = set(re.findall("[a-z]+", re.sub("sets?|data|images?|imgs?", " ", path.name.lower())))
+    usual, found = {word: part for part, words in PARTS.items() for word in words.split()}, {}
+    plain = {path: re.sub("sets?|data|images?|imgs?", " ", path.name.lower()) for path in subfolders(folder)}
+    words = {path: set(re.findall("[a-z]+", name)) for path, name in plain.items()}
     shared = set.intersection(*words.values()) if len(words) > 1 else set()
-    for path, own in words.items():
-        for part, usual in PARTS.items():
-            if own - shared and own - shared <= usual and found.setdefault(part, path) != path:
-                raise ValueError(f"{path} and {found[part]} both look like the {part} part: move one away")
+    for path, (word, *more) in ((path, own - shared or [""]) for path, own in words.items()):
+        if word in usual and not more and found.setdefault(usual[word], path) != path:
+            raise ValueError(f"{path} and {found[usual[word]]} both look like the {usual[word]} part: move one away")
     if found and "train" not in found:
         raise ValueError(f"{next(iter(found.values()))} looks like a part, but there is no folder train beside it")
     return found if len(found) > 1 or len(words) == 1 else {}  # or "train" is a class of vehicles

@@ -13,8 +13,8 @@ PROJECT = pathlib.Path(__file__).parents[1]
 ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run", "predict"}
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 1500 was planned; images, names and CLIPs as people have them take the rest
-    "root": 900,
-    "harness": 1790,
+    "root": 910,
+    "harness": 1994,
     "baselines": 400,
     "experiments": 1360,
     "docs, examples": 520,

@@ -138,7 +138,7 @@ def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
         split(tmp_path / "0" / "Test" / "cat")
     class_folders(tmp_path / "0" / "Test", ["lynx"])
     (tmp_path / "0" / "Valid").rename(tmp_path / "0" / "train")
-    with pytest.raises(ValueError, match="'lynx' has no training image .1 of 4 classes"):
+    with pytest.raises(ValueError, match="'lynx' has no training image .1 of 4 classes lack"):
         split(tmp_path / "0")
     class_folders(tmp_path / "vehicles", ["train", "car", "bus"])
     assert {name for _, _, name in split(tmp_path / "vehicles")["test"]} == {"train", "car", "bus"}
@@ -197,7 +197,7 @@ def test_names_that_other_programs_wrote(tmp_path, capsys):
         assert ("the numbers before its 2 names are left out" in capsys.readouterr().err) == ("[" not in text)
     (tmp_path / "names").write_text("1984\n12 monkeys\n2012")
     assert folders.read_names(tmp_path / "names")[1] == "12 monkeys"
-    assert "2 of 3 names are numbers or codes, such as '1984'" in capsys.readouterr().err
+    assert "2 of 3 names are numbers, such as '1984'" in capsys.readouterr().err
 
 
 def test_names_that_the_text_encoder_cannot_tell_apart(own, command, tmp_path):
