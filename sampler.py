@@ -81,9 +81,7 @@ def nearest_classes(classnames, top_k, encoder):
     cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                                 [C_b, C_b]
     if same := int((cosine > 0.9999).sum() - count) // 2:
         text = f"{same} of {count * (count - 1) // 2} pairs of class names have the same embedding"
-        warnings.warn(
-            f"{text}, so their order is arbitrary: give another text encoder", stacklevel=3
-        )
+        warnings.warn(f"{text}: give another encoder (run.py: --text-encoder)", stacklevel=3)
     cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
     return cosine.argsort(dim=1, descending=True, stable=True)[:, :top_k].numpy()
 

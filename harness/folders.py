@@ -328,19 +328,19 @@ def warn_of_same_names(names, known=()):
 def look_for_images(task):
     """Raises an error before the work begins rather than during it, and warns about the user's own images.
 
-    task: a `data.Task`. UnreadableImage: a training image is missing or cannot be opened. FileNotFoundError: test
-    images are missing.
+    task: a `data.Task`. FileNotFoundError: images are missing. UnreadableImage: a training image cannot be opened.
     """
-    for read, paths in ((task.read, [path for path, _, _ in task.base_train]), (task.new_read, task.new_train)):
-        if isinstance(read, FolderReader):  # the demo's images are drawn
-            for path in paths:
-                read(path, decode=False)
-    for test in task.tests.values():
-        folder = test.read.folder if isinstance(test.read, FolderReader) else None
-        missing = [path for path, _, _ in test.items if folder and not os.path.isfile(folder / path)]
-        if missing:
-            text = f"{len(missing)} of {len(test.items)} test images are missing, for example {folder / missing[0]}"
-            raise FileNotFoundError(f"{text}: complete the folder, give another --root, or correct the split")
+    tuned = [(task.read, [path for path, _, _ in task.base_train]), (task.new_read, task.new_train)]
+    tuned = [(read, paths) for read, paths in tuned if isinstance(read, FolderReader)]  # the demo's images are drawn
+    tests = [test for test in task.tests.values() if isinstance(test.read, FolderReader)]
+    images = [read.folder / path for read, paths in tuned for path in paths]
+    images += [test.read.folder / path for test in tests for path, _, _ in test.items]
+    missing = [path for path in images if not os.path.isfile(path)]
+    if missing:
+        text = f"{len(missing)} of {len(images)} images are missing, for example {missing[0]}"
+        raise FileNotFoundError(f"{text}: complete the folder, give another --root, or correct the split")
+    for read, path in ((read, path) for read, paths in tuned for path in paths):
+        read(path, decode=False)
     own, source = {}, task.source
     if source.image_folder is not None and not source.plain:
         for part, items in source.split.items():

@@ -136,10 +136,10 @@ def to_8_bits(image):
         raise ValueError(f"its values are 32-bit {'floats' if image.mode == 'F' else 'integers'}; save it in 8 bits")
     values, transparent = np.asarray(image).astype(np.float64), image.info.get("transparency")
     white = white_of(image, values.max(initial=0))
-    scaled = np.rint(np.minimum(values, white) * (255 / white)).astype(np.uint8)
-    gray = Image.fromarray(
-        255 - scaled if getattr(image, "tag_v2", {}).get(262) == 0 else scaled
-    )  # a TIFF whose white is zero
+    scaled = np.rint(values * (255 / white)).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose white is zero
+        scaled = 255 - scaled
+    gray = Image.fromarray(scaled)
     if isinstance(transparent, int):  # the value that a PNG declares transparent
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     gray.info = {key: value for key, value in image.info.items() if key != "transparency"}
@@ -148,8 +148,7 @@ def to_8_bits(image):
 
 def white_of(image, highest=65535):
     """The value of white in a gray image of 16 bits whose highest value is given."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    stated = tags.get(281, [2 ** tags.get(258, [16])[0] - 1])[0]  # MaxSampleValue, or by BitsPerSample
+    stated = 2 ** getattr(image, "tag_v2", {}).get(258, [16])[0] - 1  # a TIFF's BitsPerSample
     return next((white for white in (1023, 4095) if highest <= white < stated == 65535), stated)
 
 
@@ -166,7 +165,9 @@ def oddities(image, head):
     across, down = info.get("jfif_density") or info.get("dpi") or info.get("aspect") or (1, 1)
     unusable = "icc_profile" in info and to_srgb(info["icc_profile"], "L" if gray else image.mode) is None
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    dark = ";16" in str(image.tile) and np.asarray(image).max() < 0.25 * (white_of(image) if gray else 255)
+    dark = ";16" in str(image.tile)
+    if dark:
+        dark = np.asarray(image if gray else image.convert("RGB")).max() < 0.25 * (white_of(image) if gray else 255)
     if image.has_transparency_data and not gray:
         alpha = np.asarray(image.convert("RGBA"))[:, :, 3]
         clear = alpha.max() < 255 or np.isin(alpha, (0, 255)).mean() < 0.5

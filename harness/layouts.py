@@ -48,12 +48,13 @@ def parts_of(folder):
     ValueError: two are of one part, or none is for training.
     """
     usual, found = {word: part for part, words in PARTS.items() for word in words.split()}, {}
-    plain = {path: re.sub("sets?|data|images?|imgs?", " ", path.name.lower()) for path in subfolders(folder)}
-    words = {path: set(re.findall("[a-z]+", name)) for path, name in plain.items()}
+    names = {path: re.sub("sets?|data|images?|imgs?", " ", path.name.lower()) for path in subfolders(folder)}
+    words = {path: set(re.findall("[a-z]+", name)) for path, name in names.items()}
     shared = set.intersection(*words.values()) if len(words) > 1 else set()
-    for path, (word, *more) in ((path, own - shared or [""]) for path, own in words.items()):
-        if word in usual and not more and found.setdefault(usual[word], path) != path:
-            raise ValueError(f"{path} and {found[usual[word]]} both look like the {usual[word]} part: move one away")
+    for path, own in words.items():
+        part = usual.get(" ".join(own - shared))
+        if part is not None and found.setdefault(part, path) != path:
+            raise ValueError(f"{path} and {found[part]} both look like the {part} part: move one away")
     if found and "train" not in found:
         raise ValueError(f"{next(iter(found.values()))} looks like a part, but there is no folder train beside it")
     return found if len(found) > 1 or len(words) == 1 else {}  # or "train" is a class of vehicles

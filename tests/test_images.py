@@ -122,7 +122,7 @@ def test_what_a_header_says_is_used_or_said(tmp_path, capsys):
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     for words, name, image, options in (
         ("use less than a quarter of 16 bits", "a.png", twelve, {}),
-        ("", "a.tif", twelve, {"tiffinfo": {281: 4095}}),
+        ("use less than a quarter of 16 bits", "a.tif", twelve, {"tiffinfo": {281: 9}}),  # TIFF: not for display
         ("", "a.png", Image.fromarray(DEEP), {}),
         ("are mostly half transparent", "a.tif", infrared, {}),
         ("", "a.tif", opaque, {}),
