@@ -268,7 +268,7 @@ def test_help_is_short_and_needs_no_torch(command):
     fast = "import harness.options as o, sys; assert 'torch' not in sys.modules; o.parse(['--help-all'], 'x')"
     done = subprocess.run([sys.executable, "-c", fast], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "--no-reg-new" in done.stdout, done.stderr
-    for line, most in (("run.py --help", 16), ("run.py --help-all", 44)):
+    for line, most in (("run.py --help", 16), ("run.py --help-all", 45)):
         code, out, _ = command(line)
         shown = [line.split()[0] for line in out.splitlines() if line.startswith("  -")]
         assert code == 0 and "--dataset" in shown and len(shown) <= most
