@@ -154,7 +154,8 @@ def folder_split(root, renamed=None):
     for path in classes:
         if not parts and parts_of(path):
             raise ValueError(f"{path} has parts of its own: the layout is {root}/train/{path.name}/*.jpg")
-    rule, split["train"] = labeled_by_table(root, place, renamed) if len(classes) < 2 else ("", [])
+    several = len({re.sub(r"\d+", "", path.name) for path in classes}) > 1  # part_1 and part_2 need not be classes
+    rule, split["train"] = ("", []) if several else labeled_by_table(root, place, renamed)
     if not rule and not parts:
         return split_by_rule({"all": named_folders(root, root, renamed)}), RULE
     if not rule:

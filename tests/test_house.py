@@ -14,7 +14,7 @@ ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run",
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 1500 was planned; images, names and CLIPs as people have them take the rest
     "root": 910,
-    "harness": 1996,
+    "harness": 1997,
     "baselines": 400,
     "experiments": 1360,
     "docs, examples": 520,

@@ -151,7 +151,7 @@ def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
 def test_labels_in_a_table(tmp_path, capsys):
     """The columns are told by what is in them and by their header, or the table is refused."""
     for number in range(18):
-        draw(tmp_path / "images" / f"{number}.png", number)
+        draw(tmp_path / f"part_{number % 2}" / f"{number}.png", number)
     for header, line, wrong in (
         ("filename,label\n", "{i}.png,{name}", None),
         ("", "images/{i}.png;{name}", None),
