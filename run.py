@@ -255,11 +255,7 @@ def score_again(folder, typed):
     learner, states = ZeroShot(clip_model, task.base_names), None
     tests = scores.TestImages(task, learner, config.device, config.workers)
     if config.method != "zeroshot":
-        name, where = config.backbone, folder / "config.json"
-        states = {"base": runs.read_prompts(folder / "base.safetensors", name, sha256)}
-        states["new"] = runs.read_prompts(folder / "new.safetensors", name, sha256) if config.new else states["base"]
-        of_class = config.learner_settings
-        learner = runs.build_learner(LEARNERS, name, of_class, clip_model, task.base_names, states.values(), where)
+        learner, states = runs.read_learner(folder, config, LEARNERS, clip_model, sha256)
     found = scores.score(learner, states, task, tests)
     runs.warn_of_difference(folder, result, found)
     scores.print_table(config, [(config.method, [{**result, **found}])], LEARNERS[config.backbone].__name__)

@@ -277,7 +277,8 @@ def pseudo_labels(live):
             axis.bar(low + 0.05, right[inside].float().mean(), 0.09, color=GRAY, edgecolor="black", linewidth=0.5)
             axis.text(low + 0.05, 0.02, int(inside.sum()), ha="center", fontsize=7)
     axis.plot([0, 1], [0, 1], "k--", linewidth=0.8)
-    axis.set(xlabel="confidence (at a bar's foot: its number of images)", ylabel="share right", title=f"right: {share:.1f}% of views")
+    axis.set(xlabel="confidence (at a bar's foot: its number of images)", ylabel="share right")
+    axis.set_title(f"right: {share:.1f}% of views")
     return image(figure, "unlabeled images with pseudo-labels; the share that is right by confidence")
 
 

@@ -3,13 +3,17 @@
     python -m experiments.figures method            assets/method.png: the two phases of MAO
     python -m experiments.figures batch             assets/batch.png: one batch of hard negatives beside a random one
     python -m experiments.figures demo              assets/demo.png: what the demo's CLIP was pretrained on, the domains
-    python -m experiments.figures run FOLDER ...    curves.png of all these runs beside the first, confusion.png in each
+    python -m experiments.figures run FOLDER ...    curves.png of all these runs beside the first one's folder, and
+                                                    confusion.png and confusion.csv in each
 
 experiments/reproduce.py draws the paper's Figs. 3 to 6, training curves and confusion by these functions. Each returns
 a matplotlib Figure. None of them sets a backend or touches pyplot, so a notebook can import this file. Every draw has a
 fixed seed: the same command makes the same figure. Line styles, markers and hatches survive a print without color.
 """
 
+import collections
+import csv
+import io
 import itertools
 import pathlib
 import sys
@@ -29,8 +33,9 @@ from experiments.pretrain import caption
 from harness import demo, options, runs, scores
 from harness.cli import run_main
 from harness.clips import load_clip_of
-from harness.files import make_folder
+from harness.files import atomic_write, make_folder
 from harness.images import ShuffledBatches
+from predict import no_formula
 from run import LEARNERS
 from sampler import HardNegativeSampler, minilm
 
@@ -291,18 +296,19 @@ def load_row(folder, device="cpu"):
 
     folder: a `pathlib.Path`. ValueError, FileNotFoundError: its files are missing or broken, or its CLIP is.
     """
-    config, where = runs.read_config(folder), folder / "config.json"
+    config = runs.read_config(folder)
     clip_model, sha256 = load_clip_of(asdict(config), device)
     if config.method == "zeroshot":
         return config, clip_model, ZeroShot(clip_model, config.classnames), None
-    files = {"base": "base.safetensors", "new": "new.safetensors" if config.new else "base.safetensors"}
-    states = {phase: runs.read_prompts(folder / file, config.backbone, sha256) for phase, file in files.items()}
-    of_learner = (config.backbone, config.learner_settings, clip_model, config.classnames, states.values())
-    return config, clip_model, runs.build_learner(LEARNERS, *of_learner, where), states
+    return config, clip_model, *runs.read_learner(folder, config, LEARNERS, clip_model, sha256)
 
 
 def confusion(folder):
-    """Confusion of base and new classes by zero-shot CLIP, and by the tuned prompts of a row's folder, a `Path`."""
+    """Confusion of base and new classes by zero-shot CLIP, and by the tuned prompts of a row's folder, a `Path`.
+
+    Returns the Figure and the same as rows of a table, the head first: how many images of each class are predicted as
+    each, where there are any.
+    """
     config, clip_model, learner, states = load_row(folder)
     task = open_task(config, runs.read_lists(folder))
     runs.check_data(folder, config, task)
@@ -311,13 +317,17 @@ def confusion(folder):
     sets = list(task.tests)[: 2 if "base" in task.tests else 1]  # of cross-dataset, the source
     columns = [("zero-shot CLIP", zero_shot, None), ("tuned prompts", learner, states)][: 2 if states else 1]
     figure, axes = canvas(len(columns), folder.name, 4.3 * len(columns), 4 * len(sets), rows=len(sets))
+    rows = [("half", "prompts", "true class", "predicted class", "images")]
     for axis, (name, (when, who, of_phases)) in zip(axes, itertools.product(sets, columns)):
         scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", task.tests[name])
         _, classes, labels, _ = scores.top1(who, tests.batches(name, who), "cpu")
-        shown = show_confusion(axis, labels, classes, task.tests[name].names, f"{name} classes, {when}")
+        names = task.tests[name].names
+        counts = sorted(collections.Counter(zip(labels.tolist(), classes.tolist())).items())
+        rows += [(name, when, names[label], names[found], count) for (label, found), count in counts]
+        shown = show_confusion(axis, labels, classes, names, f"{name} classes, {when}")
         axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(shown, ax=axes, label="% of the true class's images", shrink=0.6)
-    return figure
+    return figure, rows
 
 
 def show_confusion(axis, labels, classes, names, title):
@@ -402,7 +412,11 @@ def main(arguments=None):
         if tuned:
             print(save(curves(tuned), args.out or folders[0].parent / "curves.png"))
         for folder in folders:
-            print(save(confusion(folder), folder / "confusion.png"))
+            drawn, rows = confusion(folder)
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerows([[no_formula(str(cell)) for cell in row] for row in rows])
+            atomic_write(folder / "confusion.csv", table.getvalue().encode("utf-8-sig"))  # the mark is for Excel
+            print(save(drawn, folder / "confusion.png"))
     else:
         draw = {"method": method_figure, "batch": lambda: batch_of_images("demo-plain"), "demo": demo_figure}
         print(save(draw[args.figure](), args.out or f"assets/{args.figure}.png"))

@@ -357,7 +357,7 @@ def draw(name, lines, folders, below):
         return figures.panels(lines, ("Base", "candidates", "seconds", "memory, MiB"), "K", below)
     if name == "fig4-right":
         return figures.panels(lines, ("H", "New", "seconds", "memory, MiB"), "unlabeled images per class", below)
-    return figures.curves(folders) if name == "curves" else figures.confusion(folders[-1])
+    return figures.curves(folders) if name == "curves" else figures.confusion(folders[-1])[0]
 
 
 def make(names, out, args, failed):

@@ -382,6 +382,14 @@ def build_learner(learners, backbone, settings, clip_model, classnames, states, 
         raise ValueError(f"{where} does not fit {backbone} or its prompts ({error}): run the row again") from error
 
 
+def read_learner(folder, config, learners, clip_model, sha256):
+    """(learner, its state dicts {"base", "new"}) of a finished row that was tuned. Errors: of the functions above."""
+    files = {"base": "base.safetensors", "new": "new.safetensors" if config.new else "base.safetensors"}
+    states = {phase: read_prompts(folder / file, config.backbone, sha256) for phase, file in files.items()}
+    about = config.backbone, config.learner_settings, clip_model, config.classnames, states.values()
+    return build_learner(learners, *about, folder / "config.json"), states
+
+
 def read_config(folder):
     """config.json of a row's folder, a `Config`. FileNotFoundError: not there. ValueError: broken."""
     advice = "give the folder of a run of this version, or move it away and run it again"

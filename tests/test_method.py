@@ -125,10 +125,15 @@ def test_generalized_accuracy_by_hand():
         ("new", "new", "base"): ([4.0, 3.5, 1.0], [1, 0, 0], [0, 1, 1]),
         ("new", "new", "new"): ([3.0, 5.0], [0, 1], [0, 1]),
     }
-    found = {key: tuple(map(torch.tensor, values)) for key, values in found.items()}
-    result = scores.generalized(found, "base")
+    # Each has all of its own half's probability, so its confidence over both halves comes from the two scores alone.
+    found = {key: (*map(torch.tensor, values), torch.ones(len(values[0]))) for key, values in found.items()}
+    result, error = scores.generalized(found, "base")
     assert result["base"] == pytest.approx(100 / 3) and result["new"] == 50 and result["all"] == pytest.approx(40)
     assert result["h"] == pytest.approx(scores.harmonic_mean(100 / 3, 50)) == pytest.approx(40)
+    p = 1 / (1 + (-torch.tensor([1.0, -0.5, 3.0, -1.0, 1.0]).abs()).exp())  # of the scores' differences
+    right, bins = torch.tensor([1.0, 0, 0, 1, 0]), (p * 15).ceil()
+    gaps = [(right - p)[bins == place].sum().abs() for place in bins.unique()]
+    assert error == pytest.approx(100 * sum(gaps).item() / 5, abs=1e-4)
 
 
 # The sampler ----------------------------------------------------------------------------------------------------------

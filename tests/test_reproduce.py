@@ -1,5 +1,6 @@
 """experiments/ except for bench.py: cells run once, tables add up, failures show in their place, Ray, figures."""
 
+import csv
 import os
 import re
 import signal
@@ -170,6 +171,12 @@ def test_cells_run_once_and_one_that_fails_does_not_end_the_others(tmp_path):
     told = "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", f"{code}; {told}", "run", str(folder)], check=True, cwd=PROJECT)
     assert (tmp_path / "curves.png").is_file() and (folder / "confusion.png").is_file()
+    rows = list(csv.DictReader((folder / "confusion.csv").read_text("utf-8-sig").splitlines()))
+    right = {row["prompts"]: 0 for row in rows}
+    for row in rows:
+        if row["half"] == "base" and row["true class"] == row["predicted class"]:
+            right[row["prompts"]] += int(row["images"])
+    assert right["tuned prompts"] == pytest.approx(10 * runs.read_result(folder)["base"])  # of 1,000 images
 
 
 def test_curves_have_a_panel_per_set_of_candidates_and_none_is_empty(tmp_path):
