@@ -264,7 +264,9 @@ def build(name, weights, image_side, text_side):
         model.load_state_dict(state, assign=True)
     except Exception as error:  # of every kind, on what is no CLIP
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rpartition("\n")[2].strip()
-        raise ValueError(f"CLIP {name} cannot be opened ({reason[:300]})") from error
+        raise ValueError(
+            f"CLIP {name} cannot be opened ({reason[:300]}): give one with a ViT or ResNet of OpenAI's"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
