@@ -315,17 +315,17 @@ def confusion(live):
 
 
 def gains(live):
-    """What MAO gains, and what it costs: scores, learned parameters, steps and seconds of the three rows."""
+    """What MAO gains, and what it costs: scores, learned parameters and steps of the three rows."""
     learnable, rows = sum(p.numel() for p in live.learner.parameters()), []
     for method, name in (("zeroshot", "zero-shot CLIP"), ("backbone", "CoOp alone"), ("mao", "CoOp + MAO")):
         result, record = live.results[method], live.records.get(method)
         steps = keep(f"steps of {name}", record.steps if record else 0)
         h = keep(f"H of {name}, all classes as candidates", result["one_list"]["h"])
         scored = [f"{result[key]:.2f}" for key in ("base", "new", "h")] + [f"{h:.2f}"]
-        cost = f"{learnable if record else 0:,}", f"{steps:,}", f"{record.seconds if record else 0:.0f}"
+        cost = f"{learnable if record else 0:,}", f"{steps:,}"
         rows.append((name, *scored, *cost))
-    header = ("", "Base", "New", "H", "H, all classes as candidates", "learned parameters", "steps", "seconds")
-    return table(rows, header, "The seconds are those of the machine that built this page, on one thread.")
+    header = ("", "Base", "New", "H", "H, all classes as candidates", "learned parameters", "steps")
+    return table(rows, header)
 
 
 # Appendix A -----------------------------------------------------------------------------------------------------------
