@@ -100,7 +100,9 @@ def base_to_new_task(source, shots, unlabeled_shots, seed):
     """
     base, new = halves(source.split["train"])
     if len(base) < 2 or not new:
-        raise ValueError(f"{len(base + new)} classes are too few for base and new: give 3, or --protocol few-shot")
+        raise ValueError(
+            f"{len(base + new)} classes are too few for base and new: give 3, or run.py --protocol few-shot"
+        )
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
     new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
     return Task(

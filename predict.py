@@ -72,7 +72,9 @@ def prompts_of(run, candidates=None):
     config, wanted = runs.read_config(run), [candidates] if candidates in ("base", "new") else ["base", "new"]
     names = {"base": config.classnames, "new": config.new_classnames}
     if config.method == "zeroshot" or runs.read_result(run) is None or not any(names[half] for half in wanted):
-        raise ValueError(f"{run} is not a finished run with prompts for {wanted[-1]} classes: give the folder of one")
+        raise ValueError(
+            f"{run} is zero-shot or not finished, or has no {wanted[-1]} classes: give a tuned run's folder"
+        )
     files = {half: pathlib.Path(run, f"{half if config.new else 'base'}.safetensors") for half in wanted}
     return [(files[half], names[half]) for half in wanted if names[half]]
 
@@ -83,7 +85,9 @@ def load_classifier(run, candidates=None, clip=None, device="cpu"):
     run, candidates: as of `prompts_of`. clip: as of `load_learners`. ValueError, FileNotFoundError: as these.
     """
     learners, _, classes = load_learners(prompts_of(run, candidates), clip, device)
-    transform, logits = images.test_transform(learners[0].clip_model.visual.input_resolution), scorer(*learners)
+    transform = images.test_transform(learners[0].clip_model.visual.input_resolution)
+    with torch.no_grad():
+        logits = scorer(*learners)
 
     @torch.no_grad()
     def classify(photos):
@@ -124,7 +128,7 @@ def write_table(out, paths, classes, batches):
     """
     paths = iter(paths)
     with open_atomic(out) as file:
-        table = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="", write_through=True)
+        table = io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="", write_through=True)
         rows = csv.writer(table)
         rows.writerow(["path", "class", "confidence"])
         for probabilities, errors in batches:
@@ -159,9 +163,13 @@ def parse(arguments=None):
     add("--device", type=checked(Device), metavar="DEVICE", help="as of run.py (default: cuda where there is one)")
     add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
     # fmt: on
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments and [str(word) for word in arguments])
     if not args.images and args.export is None:
         raise ValueError("nothing to do: give an image or a folder, or --export FILE")
+    if not args.run and not args.prompt:
+        raise ValueError("--run or --prompt is empty: give the folder of a finished run, or a file of prompts")
+    if args.images and args.out == args.export:
+        raise ValueError(f"--out and --export are both {args.out}: give each its own file")
     if (args.run and args.classes) or (args.prompt and args.candidates):
         raise ValueError("--candidates belongs to --run, and --classes to --prompt: leave one out")
     for place in args.images:

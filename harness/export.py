@@ -4,6 +4,7 @@ python predict.py --run runs/demo-coop-mao-seed1 --export head.safetensors
 python predict.py --run runs/demo-coop-mao-seed1 --export model.onnx
 """
 
+import codecs
 import json
 import os
 import pathlib
@@ -23,10 +24,15 @@ MARKS = {".csv": b"path,class,confidence", ".safetensors": rb'"mao":"{\"classnam
 
 def is_own(path, kind):
     """Whether predict.py may write a file: it is not there, it is empty, or predict.py wrote it. kind: its ending."""
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return True
+    if path.is_symlink() or not path.is_file():  # such as /dev/null
+        return False
     with open(path, "rb") as file:
         start = file.read(200)
+    if kind == ".csv":
+        start = start.splitlines()[0].removeprefix(codecs.BOM_UTF8) if start else b""
+        return start in (b"", MARKS[kind])
     return not start or MARKS.get(kind, b"") in start
 
 

@@ -8,6 +8,7 @@ import collections
 import csv
 import difflib
 import hashlib
+import io
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ DATASETS = [*DEMOS, *LAYOUTS, "folder"]
 NO_SPLIT = {"train": [], "val": [], "test": []}
 RULE = "50/20/30% of each class by CoOp's rule, seed 1"
 LABEL_COLUMNS = ["class_name", "classname", "labels", "label", "class", "category", "breed", "species", "name"]
+PART_COLUMNS = {"split", "set", "subset", "part", "partition", "fold", "is_train", "phase"}
 
 # Datasets -------------------------------------------------------------------------------------------------------------
 
@@ -156,7 +158,12 @@ def folder_split(root, renamed=None):
             raise ValueError(f"{path} has parts of its own: the layout is {root}/train/{path.name}/*.jpg")
     several = len({re.sub(r"\d+", "", path.name) for path in classes}) > 1  # part_1 and part_2 need not be classes
     rule, split["train"] = ("", []) if several else labeled_by_table(root, place, renamed)
+    if rule and parts:
+        raise ValueError(
+            f"{place} has parts and a table of labels, {rule}: give class folders in each part, or no parts"
+        )
     if not rule and not parts:
+        refuse_unknown_parts(classes)
         return split_by_rule({"all": named_folders(root, root, renamed)}), RULE
     if not rule:
         rule = f"the folders {', '.join(parts[part].name for part in split if part in parts)}"
@@ -175,6 +182,23 @@ def folder_split(root, renamed=None):
     if not split["test"]:
         return split_by_rule({"all": split["train"]}), f"{rule}, and {RULE}"
     return split, rule
+
+
+def refuse_unknown_parts(classes):
+    """ValueError: one of the folders of classes seems to be a part, because its folders have the names of others.
+
+    These are two or more of the folders beside it (train/cat and train/dog beside cat and dog), or three or more of
+    the folders in one of those (fold1/cat and fold2/cat, ...). Two may be views: cat/front, cat/back, dog/front, ...
+    """
+    inner = {path: {folder.name for folder in subfolders(path)} for path in classes}
+    beside = {path.name for path in classes}
+    for path, names in inner.items():
+        shared = max((names & others for other, others in inner.items() if other != path), key=len, default=set())
+        if len(names & beside) > 1 or len(shared) > 2:
+            told = ", ".join(sorted(shared | names & beside)[:3])
+            raise ValueError(
+                f"{path} seems to be a part, for others have its folders {told}: call the parts train and test"
+            )
 
 
 def named_folders(root, folder, renamed):
@@ -196,15 +220,22 @@ def labeled_by_table(root, place, renamed):
     its header, or is the only other one. ValueError: that is not clear, or an image has two classes.
     """
     paths, tables = image_paths(place)[0], []
-    images = {name: path for path in paths for name in (os.path.basename(path), pathlib.Path(path).stem)}
-    for table in sorted(place.glob("*.[ct]sv")) if len(set(images.values())) == len(paths) else ():
-        text = read_text(table)
-        rows = [row for row in csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)) if row]
+    names, stems = {os.path.basename(path): path for path in paths}, {pathlib.Path(path).stem: path for path in paths}
+    for table in sorted(place.glob("*.[ct]sv")) if len(names) == len(paths) else ():
+        text = read_text(table, "save it as CSV in UTF-8")
+        try:
+            rows = [row for row in csv.reader(io.StringIO(text), delimiter=max(",;\t", key=text.count)) if row]
+        except csv.Error as error:
+            raise ValueError(f"{table} cannot be read ({error}): save it as CSV in UTF-8, or move it away") from error
         columns = [[cell.strip() for cell in column] for column in zip(*rows)]
-        found = [[images.get(re.split(r"[\\/]", cell)[-1]) for cell in column] for column in columns]
-        files = min(found, key=lambda column: column.count(None), default=[])
-        if 2 * files.count(None) < len(files):
-            tables.append((table, files, [column for column, of in zip(columns, found) if of is not files]))
+        for images in names, stems:  # stems only where no column has names with their endings: 0, 1, 2 may count lines
+            found = [[images.get(re.split(r"[\\/]", cell)[-1]) for cell in column] for column in columns]
+            files = [of for of in found if 2 * of.count(None) < len(of)]
+            if len(files) > 1:
+                raise ValueError(f"{table} has two columns that could be the names of the images: leave one")
+            if files:
+                tables.append((table, files[0], [column for column, of in zip(columns, found) if of is not files[0]]))
+                break
     if not tables:
         return "", []
     table, files, columns = tables[0]
@@ -220,10 +251,15 @@ def labeled_by_table(root, place, renamed):
     if len(pairs) > len({image for _, image in pairs}):
         raise ValueError(f"{table} gives an image two classes: give each image one")
     lost, unlabeled = files[header:].count(None), len(paths) - len(pairs)
+    if header and {column[0].lower() for column in columns} & PART_COLUMNS:
+        warn(f"{table}: its column of parts is not used; for parts of your own, give the folders train and test")
     if lost or unlabeled:
         warn(f"{table}: {lost} of its lines name no image, and {unlabeled} images have no label: left out")
     start = (place / ".").relative_to(root)
-    return table.name, [[(start / path).as_posix(), 0, (renamed or {}).get(name, name)] for name, path in pairs]
+    column = f", column {known[0][0]}" if known else ""
+    return table.name + column, [
+        [(start / path).as_posix(), 0, (renamed or {}).get(name, name)] for name, path in pairs
+    ]
 
 
 def labeled_folder(folder, names, where):
@@ -365,7 +401,11 @@ def warn_of_copies(own):
     found = [path for path in content if len(names[content[path]]) > 1]
     if found:
         warn(f"{len(found)} images are in two classes, byte by byte, for example {found[0]}: remove the wrong ones")
-    for tuned, test, result in (("train", "test", "scores too high"), ("unlabeled", "new test", "New is transductive")):
+    for tuned, test, result in (
+        ("train", "test", "scores too high"),
+        ("unlabeled", "new test", "New is transductive"),
+        ("train", "unlabeled", "pseudo-labels of base images"),
+    ):
         seen = {content.get(path) for path, _ in own.get(tuned, ())} - {None}
         found = [path for path, _ in own.get(test, ()) if content.get(path) in seen]
         if found:

@@ -105,10 +105,13 @@ def test_predictions_of_a_run(tune, command, tmp_path, monkeypatch):
         assert len(found) == 3 and set(found) <= set(names)
     out, _ = succeeds(command("predict.py one.png --prompt", mao / "new.safetensors"))  # it names its candidates
     assert {line.split("%")[1].strip() for line in out.splitlines()[:5]} == set(new)
-    (tmp_path / "notes.csv").write_text("path,why\n")
-    refuses(command("predict.py one.png --out notes.csv --run", mao), "notes.csv is there, and predict.py did not")
+    for notes in ("path,why\n", "path,class,confidence,note\n", "# path,class,confidence\n"):
+        (tmp_path / "notes.csv").write_text(notes)
+        refuses(command("predict.py one.png --out notes.csv --run", mao), "notes.csv is there, and predict.py did not")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere.csv")
+    refuses(command("predict.py one.png --out link.csv --run", mao), "link.csv is there, and predict.py did not")
     refuses(command("predict.py --run", mao, "--export", mao / "new.safetensors"), "predict.py did not write it")
-    refuses(command("predict.py one.png --run", *folder.glob("*zero*")), "is not a finished run with prompts")
+    refuses(command("predict.py one.png --run", *folder.glob("*zero*")), "is zero-shot or not finished")
 
 
 AS_RELEASED = {  # our keys and the authors'

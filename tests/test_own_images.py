@@ -128,7 +128,8 @@ def test_parts_by_any_usual_name(tmp_path, capsys):
 def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
     """Never a class named Test; but one named train beside other vehicles. Classes that have subfolders are said."""
     wrong = {"Valid Test": "no folder train", ". Test": "no folder train", "train Training": "both look like the train",
-             "cat/train cat/test dog/train dog/test": "cat has parts of its own"}  # fmt: skip
+             "cat/train cat/test dog/train dog/test": "cat has parts of its own", "train .": "train seems to be a part",
+             "fold1 fold2": "fold1 seems to be a part"}  # fmt: skip
     for number, (folder, sentence) in enumerate(wrong.items()):
         for part in folder.split():
             class_folders(tmp_path / str(number) / part)
@@ -142,10 +143,10 @@ def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
         split(tmp_path / "0")
     class_folders(tmp_path / "vehicles", ["train", "car", "bus"])
     assert {name for _, _, name in split(tmp_path / "vehicles")["test"]} == {"train", "car", "bus"}
-    class_folders(tmp_path / "art" / "photo")
-    class_folders(tmp_path / "art" / "sketch")
+    class_folders(tmp_path / "art" / "photo", ["front", "back"])
+    class_folders(tmp_path / "art" / "sketch", ["front", "back"])
     assert len(folders.class_names(folders.open_dataset("folder", tmp_path / "art"))) == 2
-    assert "the 2 classes are the folders of" in (err := capsys.readouterr().err) and "lie in 6 folders" in err
+    assert "the 2 classes are the folders of" in (err := capsys.readouterr().err) and "lie in 4 folders" in err
 
 
 def test_labels_in_a_table(tmp_path, capsys):
@@ -159,8 +160,12 @@ def test_labels_in_a_table(tmp_path, capsys):
         ("file,size,kind\n", "{i}.png,9,{name}", "no column 'label'"),
         ("id,breed\n0,owl\n", "{i},{name}", "gives an image two classes"),
         ("id,breed\n99,owl\n", "{i},{name}", None),
+        (",file,label\n", "{j},{i}.png,{name}", None),  # of shuffled lines: the first column is no name of a file
+        ("row,id,label\n", "{j},{i},{name}", "two columns that could be the names"),
+        ("id,split,label\n", "{i},train,{name}", None),
+        ("id,note,label\n", "{i}," + 2**18 * "x" + ",{name}", "cannot be read .field larger"),
     ):
-        lines = [line.format(i=i, name=["cat", "dog", "fox"][i % 3]) for i in range(18)]
+        lines = [line.format(i=i, j=17 - i, name=["cat", "dog", "fox"][i % 3]) for i in range(18)]
         (tmp_path / "labels.csv").write_text(header + "\n".join(lines))
         if wrong:
             with pytest.raises(ValueError, match=wrong):
@@ -170,7 +175,14 @@ def test_labels_in_a_table(tmp_path, capsys):
         assert sizes(found) == [9, 3, 6]
         for path, label, name in found["train"] + found["test"]:
             assert name == ["cat", "dog", "fox"][int(path[7:-4]) % 3] and label == "cdf".index(name[0])
-        assert ("1 of its lines name no image" in capsys.readouterr().err) == ("99" in header)
+        err = capsys.readouterr().err
+        assert ("1 of its lines name no image" in err) == ("99" in header)
+        assert ("its column of parts is not used" in err) == ("split" in header)
+    (tmp_path / "part_0").rename(tmp_path / "train")
+    (tmp_path / "part_1").rename(tmp_path / "test")
+    (tmp_path / "labels.csv").write_text("".join(f"{i}.png,{'cdf'[i % 3]}\n" for i in range(18)))
+    with pytest.raises(ValueError, match="parts and a table of labels, labels.csv"):
+        split(tmp_path)
 
 
 def test_copies_are_counted(tmp_path, capsys):
@@ -187,6 +199,8 @@ def test_copies_are_counted(tmp_path, capsys):
     task, err = data.open_task(options.Settings(**ask)), capsys.readouterr().err
     assert "2 of 20 test images are train images too" in err and "2 images are in two classes" in err
     assert "6 of 6 new test images are unlabeled images too" in err and "transductive" in err and err.count("\n") == 3
+    data.open_task(options.Settings(**ask | {"unlabeled": str(tmp_path / "own" / "train" / "cat")}))
+    assert "6 of 6 unlabeled images are train images too" in capsys.readouterr().err
     assert "(3 classes have fewer than 16, the least 6)" in folders.describe(task, 16, 16)
 
 
@@ -264,7 +278,7 @@ NEW = f"{TUNE} --root own --unlabeled new --new-classes names.txt"
 PREDICT = "predict.py --prompt run/new.safetensors --classes names.txt --out x.csv"
 WRONG = {
     f"{TUNE} --root own/old_gate": "holds no class folders",
-    f"{TUNE} --root two": "2 classes are too few for base and new: give 3, or --protocol few-shot",
+    f"{TUNE} --root two": "2 classes are too few for base and new: give 3, or run.py --protocol few-shot",
     f"{TUNE} --root one": "'Red Door' has no training image",
     f"{TUNE} --root own --unlabeled new": "belong together",
     f"{NEW} --unlabeled nowhere": "nowhere is not a folder",
