@@ -79,15 +79,14 @@ def prompts_of(run, candidates=None):
     return [(files[half], names[half]) for half in wanted if names[half]]
 
 
+@torch.no_grad()
 def load_classifier(run, candidates=None, clip=None, device="cpu"):
     """A function from a list of PIL images to a list of (class name, confidence).
 
     run, candidates: as of `prompts_of`. clip: as of `load_learners`. ValueError, FileNotFoundError: as these.
     """
     learners, _, classes = load_learners(prompts_of(run, candidates), clip, device)
-    transform = images.test_transform(learners[0].clip_model.visual.input_resolution)
-    with torch.no_grad():
-        logits = scorer(*learners)
+    transform, logits = images.test_transform(learners[0].clip_model.visual.input_resolution), scorer(*learners)
 
     @torch.no_grad()
     def classify(photos):
@@ -164,12 +163,8 @@ def parse(arguments=None):
     add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
     # fmt: on
     args = parser.parse_args(arguments and [str(word) for word in arguments])
-    if not args.images and args.export is None:
-        raise ValueError("nothing to do: give an image or a folder, or --export FILE")
-    if not args.run and not args.prompt:
-        raise ValueError("--run or --prompt is empty: give the folder of a finished run, or a file of prompts")
-    if args.images and args.out == args.export:
-        raise ValueError(f"--out and --export are both {args.out}: give each its own file")
+    if not args.images and args.export is None or not args.run and not args.prompt:
+        raise ValueError("nothing to do: give an image, a folder or --export FILE, and --run DIR or --prompt FILE")
     if (args.run and args.classes) or (args.prompt and args.candidates):
         raise ValueError("--candidates belongs to --run, and --classes to --prompt: leave one out")
     for place in args.images:
@@ -187,8 +182,8 @@ def main(arguments=None):
     """Exports the classifier, predicts, or both. Returns what `classify` does."""
     args = parse(arguments)
     device = choose_device("cpu" if str(args.export).endswith(".onnx") else args.device)  # ONNX is for any device
-    names = args.classes and read_names(args.classes)
-    prompts = prompts_of(args.run, args.candidates) if args.run else [(args.prompt, names)]
+    named = [(args.prompt, args.classes and read_names(args.classes))]
+    prompts = prompts_of(args.run, args.candidates) if args.run else named
     learners, header, classes = load_learners(prompts, args.clip, device)
     if args.export is not None:
         export(args.export, learners, header, classes)
