@@ -43,6 +43,7 @@ except ImportError:  # Windows
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
+DETAILS = {"one_list", "one_list_final", "balanced", "ece", "per_class"}  # what of result.json is no number
 
 
 class Header(msgspec.Struct, omit_defaults=True):
@@ -405,6 +406,9 @@ def read_result(folder):
     result = read_json(path, kind, advice)
     if None in (result.get("seconds"), result.get("learnable_parameters")) or "peak_mib" not in result:
         raise ValueError(f"{path} is broken (it lacks what the row cost): {advice}")
+    wrong = [key for key, value in result.items() if isinstance(value, dict) != (key in DETAILS)]
+    if wrong:
+        raise ValueError(f"{path} is broken ({wrong[0]} is of another kind): {advice}")
     return result
 
 
