@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import typing
 
 import filelock
 import msgspec
@@ -43,7 +44,10 @@ except ImportError:  # Windows
 
 PACKAGES = ["torch", "torchvision", "clip-anytorch", "sentence-transformers", "numpy", "pillow", "safetensors"]
 COST = ["learnable_parameters", "seconds", "peak_mib"]  # in a result, beside the scores
-DETAILS = {"one_list", "one_list_final", "balanced", "ece", "per_class"}  # what of result.json is no number
+NUMBERS = dict[str, Real | None]
+OF_CLASS = typing.TypedDict("OF_CLASS", {"class": str, "accuracy": Real | None, "images": Index})
+DETAILS = {"per_class": dict[str, list[OF_CLASS]]}  # what of result.json is no number
+DETAILS |= dict.fromkeys(["one_list", "one_list_final", "balanced", "ece"], NUMBERS)
 
 
 class Header(msgspec.Struct, omit_defaults=True):
@@ -402,13 +406,14 @@ def read_result(folder):
     path, advice = pathlib.Path(folder) / "result.json", "move the folder away and run it again"
     if not path.exists():
         return None
-    kind = dict[str, Index | Real | dict[str, Real | list[dict[str, str | Real | None]]] | None]
-    result = read_json(path, kind, advice)
+    result = read_json(path, dict, advice)
+    try:
+        for key, value in result.items():
+            msgspec.convert(value, DETAILS.get(key, Index | Real | None))
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ValueError(f"{path} is broken ({key}: {error}): {advice}") from error
     if None in (result.get("seconds"), result.get("learnable_parameters")) or "peak_mib" not in result:
         raise ValueError(f"{path} is broken (it lacks what the row cost): {advice}")
-    wrong = [key for key, value in result.items() if isinstance(value, dict) != (key in DETAILS)]
-    if wrong:
-        raise ValueError(f"{path} is broken ({wrong[0]} is of another kind): {advice}")
     return result
 
 

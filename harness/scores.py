@@ -306,8 +306,9 @@ def print_table(config, rows, backbone):
 def unbalanced(result):
     """Yields a line for each test set of a row whose accuracy is far from the mean of its classes."""
     for name, mean in result.get("balanced", {}).items():
-        if abs(result[name] - mean) > UNBALANCED:
-            of_class = {row["class"]: row["accuracy"] for row in result["per_class"][name] if row["images"]}
+        rows = result["per_class"].get(name, [])
+        of_class = {row["class"]: row["accuracy"] for row in rows if row["accuracy"] is not None}
+        if of_class and None not in (mean, result.get(name)) and abs(result[name] - mean) > UNBALANCED:
             zero, lowest = list(of_class.values()).count(0), min(of_class, key=of_class.get)
             told = f"{zero} of {len(of_class)} classes have 0%" if zero else f"{of_class[lowest]:.2f} for {lowest}"
             yield f"{TITLES.get(name, name)}: {result[name]:.2f}, mean of classes {mean:.2f}: {told}"

@@ -14,7 +14,7 @@ ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run",
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
     "root": 940,
-    "harness": 2200,
+    "harness": 2210,
     "baselines": 400,
     "experiments": 1365,
     "docs, examples": 520,
