@@ -25,8 +25,8 @@ class HardNegativeSampler(Sampler):
     labels: ints, the class of each training image, in 0..C_b-1. classnames: the C_b base classes.
     batch_size: b, the anchors. Careful: the attribute `batch_size` is b*K, a batch's length, as
     other libraries read it. top_k: K, classes per anchor, its own (cosine 1) the first.
-    seed: of all draws. encoder: list of names -> embeddings [C_b, width], or the name or folder of a
-    model of sentence-transformers; MiniLM unless given. Warns about names that it cannot tell apart.
+    seed: of all draws. encoder: list of names -> embeddings [C_b, width], or the name or folder of
+    a sentence-transformers model; MiniLM unless given. Warns about names it cannot tell apart.
 
     Yields lists of b*K image indices: an anchor, then one image of each of its K-1 other classes,
     then the next anchor with its own, and so on. An epoch takes every image as an anchor once; a
