@@ -17,6 +17,8 @@ READS_BACK = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_se
 TAKES_CPU_INDICES = ("index", "index_put", "_index_put_impl", "_unsafe_index")
 waits = collections.Counter()
 
+if not hasattr(backend_registration, "_DummyBackendModule"):
+    raise ImportError("this PyTorch has no backends in Python")
 module = backend_registration._DummyBackendModule()
 module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
