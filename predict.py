@@ -81,7 +81,7 @@ def prompts_of(run, candidates=None):
 
 @torch.no_grad()
 def load_classifier(run, candidates=None, clip=None, device="cpu"):
-    """A function from a list of PIL images to a list of (class name, confidence).
+    """A function from a list of PIL images to a list of (class name, confidence). It turns images by EXIF, in place.
 
     run, candidates: as of `prompts_of`. clip: as of `load_learners`. ValueError, FileNotFoundError: as these.
     """

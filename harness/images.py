@@ -93,7 +93,7 @@ def as_shown(image):
     """
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF raises errors of every type; viewers then do not rotate
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image)
     if not image.has_transparency_data:
