@@ -207,10 +207,12 @@ def named_folders(root, folder, renamed):
     ValueError: it lacks the name of a folder.
     """
     items, inside = class_folders(folder, renamed)["all"], folder.relative_to(root).as_posix()
-    unnamed = {name for _, _, name in items} - set((renamed or {}).values())
+    names = list(dict.fromkeys(name for _, _, name in items))
+    unnamed = set(names) - set((renamed or {}).values())
     if renamed is not None and unnamed:
         raise ValueError(f"--names has no name for the class folder {folder / min(unnamed)}: add one")
-    return [[path if folder == root else f"{inside}/{path}", label, name] for path, label, name in items]
+    plain = dict(zip(names, without_codes(names, folder) if renamed is None else names))
+    return [[path if folder == root else f"{inside}/{path}", label, plain[name]] for path, label, name in items]
 
 
 def labeled_by_table(root, place, renamed):
@@ -290,14 +292,25 @@ def read_names(path):
     text = read_text(path, advice).strip()
     names = [line.strip() for line in text.splitlines() if line.strip()]
     names = decode(text, list[str], path, advice) if text.startswith(("[", "{")) else names
-    coded = [re.fullmatch(r"(\d+|n\d{8})[\s,:;]+(.*\S)", name) for name in names]
-    if len(names) > 1 and all(coded) and re.fullmatch(r"0*[01]|n.*", coded[0][1]):
-        warn(f"{path}: the numbers before its {len(names)} names are left out, as in '{names[0]}'")
-        names = [match[2] for match in coded]
+    names = without_codes(names, path)
     if not names or first_duplicate(names):
         raise ValueError(f"{path} is empty, or has '{first_duplicate(names)}' twice: give each class name once")
     warn_of_same_names(names)
     return names
+
+
+def without_codes(names, where):
+    """Class names without numbers from 0 or 1, or WordNet's ids, if they stand before all of them; then warns.
+
+    As in "001.Laysan_Albatross" or "n02085620-Chihuahua". where: the file or folder of the names.
+    """
+    coded = [re.fullmatch(r"(\d+|n\d{8})[\s.,:;_-]+(.*\S)", name) for name in names]
+    if len(names) < 2 or not all(coded) or not re.fullmatch(r"0*[01]|n.*", min(match[1] for match in coded)):
+        return names
+    if len({match[2] for match in coded}) < len(names):
+        return names
+    warn(f"{where}: the numbers before its {len(names)} names are left out, as in '{names[0]}'")
+    return [match[2] for match in coded]
 
 
 def read_folder_names(path):

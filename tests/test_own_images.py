@@ -125,6 +125,19 @@ def test_parts_by_any_usual_name(tmp_path, capsys):
         assert ("beside the folders seg_train, seg_test: seg_pred" in capsys.readouterr().err) == ("pred" in parts)
 
 
+def test_numbers_before_all_class_folders_are_left_out(tmp_path, capsys):
+    dogs = "n02085620-Chihuahua", "n02085782-pug", "n02086079-husky"
+    for names, plain in (
+        (("001.owl", "002.elk", "010.fox"), {"owl", "elk", "fox"}),
+        (dogs, {"Chihuahua", "pug", "husky"}),
+        (("7 up", "8 ball", "9 lives"), {"7 up", "8 ball", "9 lives"}),
+        (("1 cat", "2 cat", "3 dog"), {"1 cat", "2 cat", "3 dog"}),
+    ):
+        class_folders(tmp_path / names[0], names)
+        assert {name for _, _, name in split(tmp_path / names[0])["train"]} == plain
+        assert ("numbers before its 3 names are left out" in capsys.readouterr().err) == (plain != set(names))
+
+
 def test_what_is_no_folder_of_one_dataset(tmp_path, capsys):
     """Never a class named Test; but one named train beside other vehicles. Classes that have subfolders are said."""
     wrong = {"Valid Test": "no folder train", ". Test": "no folder train", "train Training": "both look like the train",
