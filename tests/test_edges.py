@@ -52,7 +52,7 @@ def test_a_worker_that_is_killed():
 
 
 def test_text_of_other_people(photos, command):
-    """Names with escape sequences, line ends, formulas and bytes that are no UTF-8: escaped in print, kept in files."""
+    """Names with escape sequences, line ends, formulas and bytes that are no UTF-8: escaped in print, else kept."""
     names = ["=cmd.png", "\x1b[2J\n.png", os.fsdecode(b"\xff.png")]
     for name in names:
         draw(photos / name)
