@@ -75,7 +75,7 @@ def prompts_of(run, candidates=None):
         raise ValueError(
             f"{run} is zero-shot or not finished, or has no {wanted[-1]} classes: give a tuned run's folder"
         )
-    files = {half: pathlib.Path(run, f"{half if config.new else 'base'}.safetensors") for half in wanted}
+    files = runs.prompt_files(pathlib.Path(run), config)
     return [(files[half], names[half]) for half in wanted if names[half]]
 
 

@@ -387,10 +387,14 @@ def build_learner(learners, backbone, settings, clip_model, classnames, states, 
         raise ValueError(f"{where} does not fit {backbone} or its prompts ({error}): run the row again") from error
 
 
+def prompt_files(folder, config):
+    """{"base": file of the prompts that score base classes, "new": that of new classes} of a row; config: its own."""
+    return {"base": folder / "base.safetensors", "new": folder / f"{'new' if config.new else 'base'}.safetensors"}
+
+
 def read_learner(folder, config, learners, clip_model, sha256):
     """(learner, its state dicts {"base", "new"}) of a finished row that was tuned. Errors: of the functions above."""
-    files = {"base": "base.safetensors", "new": "new.safetensors" if config.new else "base.safetensors"}
-    states = {phase: read_prompts(folder / file, config.backbone, sha256) for phase, file in files.items()}
+    states = {phase: read_prompts(file, config.backbone, sha256) for phase, file in prompt_files(folder, config).items()}
     about = config.backbone, config.learner_settings, clip_model, config.classnames, states.values()
     return build_learner(learners, *about, folder / "config.json"), states
 
