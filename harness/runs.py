@@ -394,7 +394,7 @@ def prompt_files(folder, config):
 
 def read_learner(folder, config, learners, clip_model, sha256):
     """(learner, its state dicts {"base", "new"}) of a finished row that was tuned. Errors: of the functions above."""
-    states = {phase: read_prompts(file, config.backbone, sha256) for phase, file in prompt_files(folder, config).items()}
+    states = {half: read_prompts(file, config.backbone, sha256) for half, file in prompt_files(folder, config).items()}
     about = config.backbone, config.learner_settings, clip_model, config.classnames, states.values()
     return build_learner(learners, *about, folder / "config.json"), states
 
