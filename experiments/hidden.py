@@ -49,14 +49,13 @@ def final_prompt(result):
 class Cells:
     """The results of all cells. `summary` averages them over domains and seeds."""
 
-    def __init__(self, args, ways):
-        """Runs what is not finished. ways: {name: run.py's options}. ValueError: a cell failed."""
-        self.domains, self.seeds, self.out = args.domains, args.seeds, pathlib.Path(args.out)
-        more = [] if args.clip is None else ["--clip", args.clip, "--clip-activation", "quickgelu"]
+    def __init__(self, datasets, seeds, out, ways, more):
+        """Runs what is not finished. ways: {name: run.py's options}; more: of all. ValueError: a cell failed."""
+        self.datasets, self.seeds, self.out = datasets, seeds, pathlib.Path(out)
         self.cells = {
-            (way, domain, seed): ("--dataset", f"demo-{domain}", "--seed", str(seed), *words.split(), *more)
-            for seed in args.seeds
-            for domain in args.domains
+            (way, dataset, seed): ("--dataset", dataset, "--seed", str(seed), *words.split(), *more)
+            for seed in seeds
+            for dataset in datasets
             for way, words in ways.items()
         }
         with run_lock(self.out):
@@ -67,13 +66,13 @@ class Cells:
             raise ValueError(f"{len(failed)} cells failed: the same command tries them again")
         self.results = {key: sweep.finished(cell, self.out) for key, cell in self.cells.items()}
 
-    def of(self, way, domains=None):
-        """The results of a way, for each domain a list over seeds."""
-        return [[self.results[way, domain, seed] for seed in self.seeds] for domain in domains or self.domains]
+    def of(self, way, datasets=None):
+        """The results of a way, for each dataset a list over seeds."""
+        return [[self.results[way, dataset, seed] for seed in self.seeds] for dataset in datasets or self.datasets]
 
-    def summary(self, way, scores, domains=None):
-        """{score: (mean, standard deviation over seeds)}, averaged over domains. scores: of one result, as `halves`."""
-        return over_seeds(over_datasets([[scores(one) for one in results] for results in self.of(way, domains)]))
+    def summary(self, way, scores, datasets=None):
+        """{score: (mean, standard deviation over seeds)}, averaged over datasets. scores: a function as `halves`."""
+        return over_seeds(over_datasets([[scores(one) for one in results] for results in self.of(way, datasets)]))
 
     def right_labels(self, way):
         """The percentage of right pseudo-labels over all new phases of a way."""
@@ -96,8 +95,8 @@ def table_of_lists(cells):
 def table_of_phase_2(cells):
     """New after phase 2 in each way, per domain, and how many pseudo-labels were right: Markdown."""
     table = [["domain", BEFORE, *PHASE_2]]
-    for name, domains in [*((domain, [domain]) for domain in cells.domains), ("**average**", cells.domains)]:
-        table.append([name, *(text(*cells.summary(way, halves, domains)["New"]) for way in (BEFORE, *PHASE_2))])
+    for name, some in [*((name.split("-")[1], [name]) for name in cells.datasets), ("**average**", cells.datasets)]:
+        table.append([name, *(text(*cells.summary(way, halves, some)["New"]) for way in (BEFORE, *PHASE_2))])
     compared, right = ["compared with clip", "", ""], ["pseudo-labels", ""]
     for way in PHASE_2:
         new, papers = ([one["new"] for results in cells.of(name) for one in results] for name in (way, "clip"))
@@ -119,7 +118,7 @@ def figure(cells):
         left.errorbar([i + shift for i in range(3)], h, spread, fmt=marker, ms=8, capsize=4, label=label)
         for place, value in enumerate(h):
             left.text(place + 2.8 * shift, value, f"{value:.1f}", ha="center", va="center")
-    left.set(title=f"(a) H, %, over {len(cells.domains)} domains", xlim=(-0.5, 2.5), xticks=range(3), xticklabels=ROWS)
+    left.set(title=f"(a) H, %, over {len(cells.datasets)} domains", xlim=(-0.5, 2.5), xticks=range(3), xticklabels=ROWS)
     left.set_ylim(bottom=min(60, left.get_ylim()[0]))
     new = {way: [one["new"] for results in cells.of(way) for one in results] for way in (*ROWS, BEFORE)}
     for way, marker, label in ((BEFORE, "x", "after phase 1"), ("CoOp + MAO", "o", "after phase 2")):
@@ -140,7 +139,9 @@ def main(arguments=None):
     add("--out", default="runs/hidden", metavar="DIR", help="for the cells (default: runs/hidden)")
     add("--figure", metavar="FILE", help="draw the figure of docs/results.md, a PNG")
     args = parser.parse_args(arguments)
-    cells = Cells(args, ROWS if args.clip else {**ROWS, BEFORE: "--method mao --no-new", **PHASE_2})
+    ways = ROWS if args.clip else {**ROWS, BEFORE: "--method mao --no-new", **PHASE_2}
+    more = [] if args.clip is None else ["--clip", args.clip, "--clip-activation", "quickgelu"]
+    cells = Cells([f"demo-{domain}" for domain in args.domains], args.seeds, args.out, ways, more)
     print(table_of_lists(cells))
     if args.clip is None:
         print("\n" + table_of_phase_2(cells))

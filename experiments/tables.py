@@ -4,6 +4,8 @@ As in the paper, Base and New are averaged first, over datasets and seeds (`scor
 of the averages.
 """
 
+import statistics
+
 from harness.scores import average
 
 
@@ -21,3 +23,16 @@ def markdown(table):
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def paired(ours, theirs):
+    """(mean difference, its standard error, pairs that have the mean's sign, pairs) of two lists of numbers."""
+    found = [one - other for one, other in zip(ours, theirs)]
+    mean, count = statistics.mean(found), len(found)
+    error = statistics.stdev(found) / count**0.5 if found[1:] else float("nan")
+    return mean, error, sum(one * mean > 0 for one in found), count
+
+
+def told(mean, error, agree, count):
+    """A difference of `paired` as text: "none" where it is below two standard errors."""
+    return f"{mean:+.2f} ± {error:.2f}, {agree} of {count}" + ("" if abs(mean) > 2 * error else ", none")

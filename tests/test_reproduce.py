@@ -14,7 +14,7 @@ import torch
 from conftest import PROJECT
 
 from backbones import CoOp
-from experiments import figures, hidden, reproduce, sweep
+from experiments import dissect, figures, hidden, reproduce, sweep
 from harness import options, runs, scores
 from harness.layouts import LAYOUTS
 
@@ -146,6 +146,37 @@ def test_hidden(monkeypatch, tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "| CoOp + MAO | 80.00 ± 0.00 | 50.00 ± 0.00 | 61.54 ± 0.00 | 60.00 ± 0.00 | 20.00 ± 0.00 | 30.00" in told
     assert "+5.00, higher in 22 of 22" in told and "61.5% right" in told and (tmp_path / "f.png").is_file()
+
+
+def test_dissect(monkeypatch, tmp_path, capsys):
+    def run_cells(cells, out):
+        for cell in cells:
+            settings, noise = sweep.parsed(cell)[0], 3.0 * (cell[1] == "demo-dusk")  # of the dataset: it leaves no pair
+            base, new = (
+                (82.0, 40.0 + 20 * settings.seed) if settings.sampler == "hard" else (84.0 - settings.seed, 70.0)
+            )
+            pretend(out, cell, base + noise, new, ece={"base": 1.5, "new": 20.0, "one_list": 12.5})
+
+    monkeypatch.setattr(sweep, "run_cells", run_cells)
+    words = [
+        "--datasets",
+        "demo-plain",
+        "demo-dusk",
+        "--seeds",
+        1,
+        2,
+        "--out",
+        tmp_path,
+        "--figure",
+        tmp_path / "f.png",
+    ]
+    arguments(monkeypatch, "--questions", "negatives", "phase 2", *words, "--", "--shots", 2, of=dissect.main)
+    told = " ".join(capsys.readouterr().out.split())
+    # Base differs by -1 and 0, New by -10 and 10, with an error of sqrt(1/3)/2 times 1 or 20. "phase 2" has seed 1 alone.
+    assert "| names, reg-B - random classes, reg-B | -0.50 ± 0.29, 2 of 4, none | +0.00 ± 5.77, 0 of 4, none |" in told
+    assert "random classes, reg-B, new phase | -1.00 ± 0.00, 2 of 2 | -10.00 ± 0.00, 2 of 2 |" in told
+    assert "| 1.50 ± 0.00 | 20.00 ± 0.00 | 12.50 ± 0.00 |" in told and "| demo-dusk | 0." in told
+    assert (tmp_path / "f.png").is_file()
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""What of MAO works: its parts taken apart, on equal terms (docs/results.md, "What of MAO works").
+
+    python -m experiments.dissect --figure assets/dissect.png        the demo's eleven domains (2 cores: hours)
+    python -m experiments.dissect --questions bundle negatives candidates --datasets eurosat dtd -- --root data
+    python -m experiments.dissect --questions bundle negatives candidates --seeds 1 -- --backbone maple
+
+The paper bundles hard negatives with reg-B, and compares the bundle with a backbone that takes a quarter of its steps
+at a lower learning rate. Here two rows differ in one thing. All rows draw from 32 cached views of each image
+(docs/speed.md). Base and New are those of the prompts after phase 1, but for the rows that say "new phase".
+
+Hypotheses, stated before the runs:
+
+    bundle      MAO's base phase is ahead of the backbone in Base because of its steps: with as many, it is not.
+    negatives   Hard negatives by names do not raise Base or New over random classes.
+    candidates  reg-B raises New, and Base where the batches are hard.
+    schedule    More steps and a higher rate raise Base and lower New.
+    chosen      Neighbors that frozen CLIP chooses do no better than neighbors by names.
+    phase 2     After the new phase, rows differ no more in New.
+    hardness    Base falls as K grows with hard negatives, and does not with random classes.
+    similarity  Where similar names mean similar images (to frozen CLIP), hard negatives help more.
+
+A pair is one dataset and seed. A difference is the mean over pairs, with its standard error and the number of pairs of
+its sign. Below two standard errors it is called none.
+"""
+
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
+
+import statistics
+
+import numpy as np
+from msgspec.structs import asdict, replace
+from scipy.stats import spearmanr
+
+from baselines.samplers import confusion
+from data import open_task
+from experiments import figures, sweep
+from experiments.hidden import Cells, halves
+from experiments.tables import markdown, paired, told
+from harness import options
+from harness.cli import run_main
+from harness.clips import load_clip_of
+from harness.files import Index
+from harness.folders import DEMOS
+from harness.scores import harmonic_mean, text
+from harness.tuning import machine_defaults
+
+BASE = "--method mao --no-new"  # MAO's base phase alone: on the demo 2,000 steps, at 0.0035
+RANDOM = "--sampler random-classes"
+ROWS = {  # name: run.py's options; 20 epochs of the backbone are 500 steps on the demo
+    "backbone": "--method backbone",
+    "backbone, higher rate": "--method backbone --lr 0.0035",
+    "backbone, 4x steps": "--method backbone --epochs 80",
+    "backbone, 4x steps, higher rate": "--method backbone --epochs 80 --lr 0.0035",
+    "random images, reg-B": f"{BASE} --sampler random --epochs 160",
+    "random classes, reg-B": f"{BASE} {RANDOM}",
+    "random classes, all candidates": f"{BASE} {RANDOM} --no-reg-base",
+    "names, reg-B": BASE,
+    "names, all candidates": f"{BASE} --no-reg-base",
+    "CLIP's text, reg-B": f"{BASE} --sampler clip-text",
+    "CLIP's confusions, reg-B": f"{BASE} --sampler clip-confusion",
+    "zero-shot CLIP": "--method zeroshot",
+    "backbone, new phase": "--method mao --no-base",
+    "random classes, reg-B, new phase": f"--method mao {RANDOM}",
+    "names, reg-B, new phase": "--method mao",
+}
+HARDNESS = {
+    2: 80,
+    4: 40,
+    16: 10,
+    32: 5,
+}  # K: --epochs that make 2,000 steps of b*K = 32 images; with K = 32 they make 2,400
+for k, epochs in HARDNESS.items():
+    of_k = f"{BASE} --top-k {k} --anchors {32 // k} --epochs {epochs}"
+    ROWS.update({f"names, reg-B, K = {k}": of_k, f"random classes, reg-B, K = {k}": f"{of_k} {RANDOM}"})
+MAIN = ["bundle", "negatives", "candidates"]  # they have all seeds; the other questions have the first one
+QUESTIONS = {  # (what is asked, pairs of rows: the first minus the second)
+    "bundle": ("What does MAO's base phase gain, and is it more than its steps and its rate?", [
+        ("names, reg-B", "backbone"),
+        ("names, reg-B", "backbone, 4x steps, higher rate"),
+        ("backbone, 4x steps, higher rate", "backbone"),
+    ]),
+    "negatives": ("Do hard negatives help, compared with random classes in batches of the same form?", [
+        ("names, reg-B", "random classes, reg-B"),
+        ("names, all candidates", "random classes, all candidates"),
+    ]),
+    "candidates": ("Does reg-B help, compared with cross-entropy over all base classes?", [
+        ("names, reg-B", "names, all candidates"),
+        ("random classes, reg-B", "random classes, all candidates"),
+    ]),
+    "schedule": ("What do the steps do, the rate, reg-B on random images, and the form of the batches?", [
+        ("backbone, 4x steps", "backbone"),
+        ("backbone, higher rate", "backbone"),
+        ("random images, reg-B", "backbone, 4x steps, higher rate"),
+        ("random classes, reg-B", "random images, reg-B"),
+    ]),
+    "chosen": ("Do neighbors that frozen CLIP chooses help?", [
+        ("CLIP's text, reg-B", "random classes, reg-B"),
+        ("CLIP's confusions, reg-B", "random classes, reg-B"),
+    ]),
+    "phase 2": ("What is left of these differences after the new phase?", [
+        ("names, reg-B, new phase", "random classes, reg-B, new phase"),
+        ("names, reg-B, new phase", "backbone, new phase"),
+        ("names, reg-B, new phase", "names, reg-B"),
+        ("names, reg-B, new phase", "zero-shot CLIP"),
+    ]),
+    "hardness": ("Where does hardness turn from help to harm? K from 2 to 32, b*K = 32, K = 8 above.", [
+        (f"names, reg-B, K = {k}", f"random classes, reg-B, K = {k}") for k in HARDNESS
+    ]),
+}  # fmt: skip
+
+
+def scores_of(result):
+    """{score: number} of a cell: Base, New, H, and the calibration errors of halves and of the list of all classes."""
+    ece = {f"ECE {name}": result["ece"][key] for key, name in (("base", "Base"), ("new", "New"), ("one_list", "all"))}
+    return {**halves(result), "H": harmonic_mean(result["base"], result["new"]), **ece}
+
+
+def difference(cells, first, second, score):
+    """`paired` of a score of two rows: the first minus the second."""
+    return paired(*([scores_of(one)[score] for one in sum(cells.of(row), [])] for row in (first, second)))
+
+
+def tables(cells, pairs):
+    """Two tables, Markdown: the rows with all their scores, and the differences of the pairs of rows."""
+    rows = list(dict.fromkeys(row for pair in pairs for row in pair))
+    of_rows = [["row", *scores_of(cells.of(rows[0])[0][0])]]
+    for row in rows:
+        found = cells.summary(row, scores_of)
+        of_rows.append([row, *(text(*found[score]) for score in of_rows[0][1:])])
+    of_pairs = [["difference", "Base", "New", "H"]]
+    for pair in pairs:
+        of_pairs.append([" - ".join(pair), *(told(*difference(cells, *pair, score)) for score in of_pairs[0][1:])])
+    return f"{markdown(of_rows)}\n\n{markdown(of_pairs)}"
+
+
+def similarity(cells):
+    """Of each dataset: the rank correlation of two names' similarity with how often frozen CLIP takes the one for the
+    other, and what hard negatives add to Base. Below, the rank correlation of the two columns. Markdown.
+    """
+    table, columns = [["dataset", "similarity and confusion", "Base, names - random classes"]], []
+    for dataset, *rows in zip(cells.datasets, *(cells.of(row) for row in QUESTIONS["negatives"][1][0])):
+        args = machine_defaults(
+            replace(sweep.parsed(cells.cells["names, reg-B", dataset, cells.seeds[0]])[0], workers=0)
+        )
+        task, (clip_model, _) = open_task(args), load_clip_of(asdict(args), args.device)
+        e, off = figures.embeddings(task.base_names).numpy(), ~np.eye(len(task.base_names), dtype=bool)
+        p = confusion(clip_model, task, [label for _, label, _ in task.base_train], args).numpy()
+        gain = statistics.mean(one["base"] - other["base"] for one, other in zip(*rows))
+        columns.append((spearmanr((e @ e.T)[off], p[off]).statistic, gain))
+        table.append([dataset, f"{columns[-1][0]:.2f}", f"{gain:+.2f}"])
+    found = spearmanr(*zip(*columns)) if columns[2:] else None
+    return markdown(table) + (f"\n\nboth: {found.statistic:.2f}, p = {found.pvalue:.2f}" if found else "")
+
+
+def forest(contrasts):
+    """The contrasts with two standard errors, one line each, for Base and New. contrasts: (cells, pair of rows)."""
+    drawn, axes = figures.canvas(2, "Bars are two standard errors; gray ones reach 0.", 13, 1.2 + 0.3 * len(contrasts))
+    lines = range(len(contrasts))
+    for axis, score in zip(axes, ("Base", "New")):
+        for line, (cells, pair) in zip(lines, contrasts):
+            mean, error, *_ = difference(cells, *pair, score)
+            axis.errorbar(
+                mean, line, xerr=2 * error, fmt="o", capsize=3, color="C0" if abs(mean) > 2 * error else "0.6"
+            )
+        axis.axvline(0, color="0.6", linewidth=1)
+        axis.set(title=f"{score}, difference in points", yticks=lines, yticklabels=[], ylim=(len(lines) - 0.5, -0.5))
+    axes[0].set_yticklabels([" minus ".join(pair) for _, pair in contrasts])
+    return drawn
+
+
+def main(arguments=None):
+    """The command line of experiments/dissect.py."""
+    parser = options.Parser("experiments.dissect", __doc__)
+    add = parser.add_argument
+    add("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS), metavar="NAME")
+    add("--datasets", nargs="+", default=list(DEMOS[1:]), metavar="NAME", help="default: the demo's eleven domains")
+    add("--seeds", nargs="+", type=options.checked(Index), default=[1, 2, 3], metavar="N", help="default: 1 2 3")
+    add("--out", default="runs/dissect", metavar="DIR", help="for the cells (default: runs/dissect)")
+    add("--figure", metavar="FILE", help="draw the contrasts of all questions, a PNG")
+    add("options", nargs="*", metavar="-- OPTIONS", help="of run.py, for all rows, such as -- --backbone maple")
+    args, contrasts = parser.parse_args(arguments), []
+    for name in args.questions:
+        question, pairs = QUESTIONS[name]
+        rows = {row: ROWS[row] for pair in pairs for row in pair}
+        seeds = args.seeds if name in MAIN else args.seeds[:1]
+        cells = Cells(args.datasets, seeds, args.out, rows, ["--cache-views", "32", *args.options])
+        contrasts += [(cells, pair) for pair in pairs]
+        print(f"### {question}\n\n{tables(cells, pairs)}\n")
+        if name == "negatives":
+            print(
+                f"### Do similar names mean similar images, and do hard negatives help there?\n\n{similarity(cells)}\n"
+            )
+    if args.figure:
+        figures.save(forest(contrasts), args.figure)
+
+
+if __name__ == "__main__":
+    run_main("experiments.dissect", main)
