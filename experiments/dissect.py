@@ -10,7 +10,7 @@ at a lower learning rate. Here two rows differ in one thing. All rows draw from 
 
 Hypotheses, stated before the runs:
 
-    bundle      MAO's base phase is ahead of the backbone in Base because of its steps: with as many, it is not.
+    bundle      MAO's base phase is ahead of the backbone in Base by its steps: with as many, it is not.
     negatives   Hard negatives by names do not raise Base or New over random classes.
     candidates  reg-B raises New, and Base where the batches are hard.
     schedule    More steps and a higher rate raise Base and lower New.
@@ -39,23 +39,24 @@ from baselines.samplers import confusion
 from data import open_task
 from experiments import figures, sweep
 from experiments.hidden import Cells, halves
+from experiments.reproduce import CLASSES
 from experiments.tables import markdown, paired, told
-from harness import options
+from harness import demo, options
 from harness.cli import run_main
 from harness.clips import load_clip_of
 from harness.files import Index
 from harness.folders import DEMOS
-from harness.scores import harmonic_mean, text
+from harness.scores import text
 from harness.tuning import machine_defaults
 
 BASE = "--method mao --no-new"  # MAO's base phase alone: on the demo 2,000 steps, at 0.0035
 RANDOM = "--sampler random-classes"
 ROWS = {  # name: run.py's options; 20 epochs of the backbone are 500 steps on the demo
     "backbone": "--method backbone",
-    "backbone, higher rate": "--method backbone --lr 0.0035",
-    "backbone, 4x steps": "--method backbone --epochs 80",
-    "backbone, 4x steps, higher rate": "--method backbone --epochs 80 --lr 0.0035",
-    "random images, reg-B": f"{BASE} --sampler random --epochs 160",
+    "backbone, MAO's rate": "--method backbone --lr 0.0035",
+    "backbone, MAO's steps": "--method backbone --epochs {steps}",
+    "backbone, MAO's steps and rate": "--method backbone --epochs {steps} --lr 0.0035",
+    "random images, reg-B": f"{BASE} --sampler random --epochs {{twice}}",
     "random classes, reg-B": f"{BASE} {RANDOM}",
     "random classes, all candidates": f"{BASE} {RANDOM} --no-reg-base",
     "names, reg-B": BASE,
@@ -67,21 +68,16 @@ ROWS = {  # name: run.py's options; 20 epochs of the backbone are 500 steps on t
     "random classes, reg-B, new phase": f"--method mao {RANDOM}",
     "names, reg-B, new phase": "--method mao",
 }
-HARDNESS = {
-    2: 80,
-    4: 40,
-    16: 10,
-    32: 5,
-}  # K: --epochs that make 2,000 steps of b*K = 32 images; with K = 32 they make 2,400
-for k, epochs in HARDNESS.items():
-    of_k = f"{BASE} --top-k {k} --anchors {32 // k} --epochs {epochs}"
+HARDNESS = (2, 4, 16, 32)  # K; b*K = 32 images make 2,000 steps on the demo, with K = 32 2,400
+for k in HARDNESS:
+    of_k = f"{BASE} --top-k {k} --anchors {32 // k} --epochs {160 // k}"
     ROWS.update({f"names, reg-B, K = {k}": of_k, f"random classes, reg-B, K = {k}": f"{of_k} {RANDOM}"})
 MAIN = ["bundle", "negatives", "candidates"]  # they have all seeds; the other questions have the first one
 QUESTIONS = {  # (what is asked, pairs of rows: the first minus the second)
     "bundle": ("What does MAO's base phase gain, and is it more than its steps and its rate?", [
         ("names, reg-B", "backbone"),
-        ("names, reg-B", "backbone, 4x steps, higher rate"),
-        ("backbone, 4x steps, higher rate", "backbone"),
+        ("names, reg-B", "backbone, MAO's steps and rate"),
+        ("backbone, MAO's steps and rate", "backbone"),
     ]),
     "negatives": ("Do hard negatives help, compared with random classes in batches of the same form?", [
         ("names, reg-B", "random classes, reg-B"),
@@ -92,9 +88,9 @@ QUESTIONS = {  # (what is asked, pairs of rows: the first minus the second)
         ("random classes, reg-B", "random classes, all candidates"),
     ]),
     "schedule": ("What do the steps do, the rate, reg-B on random images, and the form of the batches?", [
-        ("backbone, 4x steps", "backbone"),
-        ("backbone, higher rate", "backbone"),
-        ("random images, reg-B", "backbone, 4x steps, higher rate"),
+        ("backbone, MAO's steps", "backbone"),
+        ("backbone, MAO's rate", "backbone"),
+        ("random images, reg-B", "backbone, MAO's steps and rate"),
         ("random classes, reg-B", "random images, reg-B"),
     ]),
     "chosen": ("Do neighbors that frozen CLIP chooses help?", [
@@ -113,10 +109,16 @@ QUESTIONS = {  # (what is asked, pairs of rows: the first minus the second)
 }  # fmt: skip
 
 
+def with_epochs(words, dataset):
+    """run.py's options with the epochs of batches of 32 images that make as many steps as MAO's base phase."""
+    base = (CLASSES.get(dataset, len(demo.CLASSNAMES)) + 1) // 2
+    epochs = round(10 * (16 * base // options.paper_batch(base)[0]) / (16 * base // 32))  # 80 on the demo
+    return words.format(steps=epochs, twice=2 * epochs)  # a phase of MAO takes half of --epochs
+
+
 def scores_of(result):
-    """{score: number} of a cell: Base, New, H, and the calibration errors of halves and of the list of all classes."""
-    ece = {f"ECE {name}": result["ece"][key] for key, name in (("base", "Base"), ("new", "New"), ("one_list", "all"))}
-    return {**halves(result), "H": harmonic_mean(result["base"], result["new"]), **ece}
+    """{score: number} of a cell: Base, New, H, and the calibration errors (ECE) of base, new and one list of all."""
+    return {**halves(result), "H": result["h"], **{f"ECE {key}": value for key, value in result["ece"].items()}}
 
 
 def difference(cells, first, second, score):
@@ -143,9 +145,8 @@ def similarity(cells):
     """
     table, columns = [["dataset", "similarity and confusion", "Base, names - random classes"]], []
     for dataset, *rows in zip(cells.datasets, *(cells.of(row) for row in QUESTIONS["negatives"][1][0])):
-        args = machine_defaults(
-            replace(sweep.parsed(cells.cells["names, reg-B", dataset, cells.seeds[0]])[0], workers=0)
-        )
+        cell = cells.cells["names, reg-B", dataset, cells.seeds[0]]
+        args = machine_defaults(replace(sweep.parsed(cell)[0], workers=0))
         task, (clip_model, _) = open_task(args), load_clip_of(asdict(args), args.device)
         e, off = figures.embeddings(task.base_names).numpy(), ~np.eye(len(task.base_names), dtype=bool)
         p = confusion(clip_model, task, [label for _, label, _ in task.base_train], args).numpy()
@@ -187,7 +188,7 @@ def main(arguments=None):
         question, pairs = QUESTIONS[name]
         rows = {row: ROWS[row] for pair in pairs for row in pair}
         seeds = args.seeds if name in MAIN else args.seeds[:1]
-        cells = Cells(args.datasets, seeds, args.out, rows, ["--cache-views", "32", *args.options])
+        cells = Cells(args.datasets, seeds, args.out, rows, ["--cache-views", "32", *args.options], with_epochs)
         contrasts += [(cells, pair) for pair in pairs]
         print(f"### {question}\n\n{tables(cells, pairs)}\n")
         if name == "negatives":

@@ -49,11 +49,14 @@ def final_prompt(result):
 class Cells:
     """The results of all cells. `summary` averages them over domains and seeds."""
 
-    def __init__(self, datasets, seeds, out, ways, more):
-        """Runs what is not finished. ways: {name: run.py's options}; more: of all. ValueError: a cell failed."""
+    def __init__(self, datasets, seeds, out, ways, more, filled=lambda words, dataset: words):
+        """Runs what is not finished. ways: {name: run.py's options, a text that `filled` completes for a dataset}.
+
+        more: options of all cells. ValueError: a cell failed.
+        """
         self.datasets, self.seeds, self.out = datasets, seeds, pathlib.Path(out)
         self.cells = {
-            (way, dataset, seed): ("--dataset", dataset, "--seed", str(seed), *words.split(), *more)
+            (way, dataset, seed): ("--dataset", dataset, "--seed", str(seed), *filled(words, dataset).split(), *more)
             for seed in seeds
             for dataset in datasets
             for way, words in ways.items()

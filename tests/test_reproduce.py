@@ -172,7 +172,7 @@ def test_dissect(monkeypatch, tmp_path, capsys):
     ]
     arguments(monkeypatch, "--questions", "negatives", "phase 2", *words, "--", "--shots", 2, of=dissect.main)
     told = " ".join(capsys.readouterr().out.split())
-    # Base differs by -1 and 0, New by -10 and 10, with an error of sqrt(1/3)/2 times 1 or 20. "phase 2" has seed 1 alone.
+    # Base differs by -1 and 0, New by -10 and 10: errors of sqrt(1/3)/2 times 1 or 20. "phase 2" has seed 1 alone.
     assert "| names, reg-B - random classes, reg-B | -0.50 ± 0.29, 2 of 4, none | +0.00 ± 5.77, 0 of 4, none |" in told
     assert "random classes, reg-B, new phase | -1.00 ± 0.00, 2 of 2 | -10.00 ± 0.00, 2 of 2 |" in told
     assert "| 1.50 ± 0.00 | 20.00 ± 0.00 | 12.50 ± 0.00 |" in told and "| demo-dusk | 0." in told
