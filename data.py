@@ -7,6 +7,7 @@
 Layout, splits and draws are CoOp's, which the paper and everyone it compares with use (section 4.1).
 """
 
+import hashlib
 import math
 import pathlib
 import random
@@ -37,6 +38,16 @@ def few_shot(split, shots, seed):
         for group in by_label(split.get(part, [])):
             drawn[part] += rng.sample(group, count) if len(group) >= count else group
     return drawn
+
+
+def describe_draw(drawn, shots, seed):
+    """One line that tells a draw from others, by the first 12 hex digits of its SHA-256 (docs/datasets.md lists some).
+
+    The hash is of path, tab, label and newline of each image in the order drawn, in UTF-8: the first two columns that
+    `data.py --list train` prints. drawn: the "train" of `few_shot`, all classes, with the labels of the split.
+    """
+    text = "".join(f"{printable(path)}\t{label}\n" for path, label, _ in drawn)
+    return f"few-shot draw: {shots} shots, seed {seed}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def halves(items):
@@ -83,6 +94,7 @@ class Task:
     label_template: str = "a photo of a {}."  # the foundation CLIP's, of Eq. 7 (section 2)
     lists: Lists | None = None  # of images of the user's own, which the run keeps
     source: folders.Source | None = None  # what all of it comes from
+    draw: str = ""  # the line of `describe_draw` of the few-shot draw; the draw itself has labels of new classes
 
 
 def test_set(source, labels=None):
@@ -100,15 +112,14 @@ def base_to_new_task(source, shots, unlabeled_shots, seed):
     """
     base, new = halves(source.split["train"])
     if len(base) < 2 or not new:
-        raise ValueError(
-            f"{len(base + new)} classes are too few for base and new: give 3, or run.py --protocol few-shot"
-        )
+        raise ValueError(f"base-to-new needs 3 classes, not {len(base + new)}: add some, or run.py --protocol few-shot")
     tests = {"base": test_set(source, base), "new": test_set(source, new)}
-    new_items = select(few_shot(source.split, unlabeled_shots, seed)["train"], new)  # I_n, by the same rule and seed
+    drawn = {count: few_shot(source.split, count, seed)["train"] for count in {shots, unlabeled_shots}}
+    new_items = select(drawn[unlabeled_shots], new)  # I_n, by the same rule and seed
     return Task(
         crop_scale=source.crop_scale,
         base_names=tests["base"].names,
-        base_train=select(few_shot(source.split, shots, seed)["train"], base),
+        base_train=select(drawn[shots], base),
         read=source.read,
         tests=tests,
         new_names=tests["new"].names,
@@ -116,16 +127,17 @@ def base_to_new_task(source, shots, unlabeled_shots, seed):
         new_read=source.read,
         new_answers=[label for _, label, _ in new_items],
         source=source,
+        draw=describe_draw(drawn[shots], shots, seed),
     )
 
 
 def few_shot_task(source, shots, seed):
     """Few-shot, as in CoOp: all classes of a `folders.Source` are base classes. ValueError: fewer than 2 classes."""
-    test = test_set(source)
+    test, drawn = test_set(source), few_shot(source.split, shots, seed)["train"]
     if len(test.names) < 2:
         raise ValueError("1 class is too few to tune on: at least 2 are needed")
-    items = select(few_shot(source.split, shots, seed)["train"], list(folders.class_names(source)))
-    return Task(source.crop_scale, test.names, items, source.read, {"accuracy": test}, source=source)
+    items, draw = select(drawn, list(folders.class_names(source))), describe_draw(drawn, shots, seed)
+    return Task(source.crop_scale, test.names, items, source.read, {"accuracy": test}, source=source, draw=draw)
 
 
 def own_new_classes_task(source, args, kept_test=None):
@@ -198,15 +210,15 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     source = folders.open_dataset(args.name, args.root, args.download, args.names, args.template)
     base, new = halves(source.split["train"])
-    items = few_shot(source.split, args.shots, args.seed)
+    items = few_shot(source.split, args.shots, args.seed) | {"test": source.split["test"]}
     items["base"], items["new"] = select(items["train"], base), select(items["train"], new)
-    items["test"] = source.split["test"]
     if args.list is not None:
         for path, label, name in items[args.list]:
             print(printable(path), label, printable(name), sep="\t")
         return
     about = f"'{source.template}', images: {source.image_folder or 'drawn by harness/demo.py'}"
     print(printable(f"{args.name}: {len(base + new)} classes, {about}"))
+    print(describe_draw(items["train"], args.shots, args.seed))
     print(folders.describe(base_to_new_task(source, args.shots, args.shots, args.seed), args.shots, args.shots))
     print("base phase: b = {} anchors, K = {} classes each".format(*paper_batch(len(base))))
 

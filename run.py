@@ -187,6 +187,7 @@ def main(arguments=None):
     for seed in seeds:
         args = replace(args, seed=seed)
         task = open_task(args)
+        print(task.draw, file=sys.stderr)
         if seed == seeds[0]:  # all seeds have the same classes and test images
             if not args.dataset.startswith("demo"):
                 print(folders.describe(task, args.shots, args.unlabeled_shots or args.shots), file=sys.stderr)

@@ -1,5 +1,6 @@
 """CoOp's draw and halves, and loaders that show a label to nobody who must not see it."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -12,7 +13,7 @@ from PIL import Image
 
 import data
 from experiments.pretrain import pretrain
-from harness import clips, demo, folders, images, scores
+from harness import clips, demo, folders, images, options, scores
 
 EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # images per class in CoOp's split
 AUGMENT = images.train_transform(32, (0.3, 1))
@@ -34,6 +35,16 @@ def test_a_class_with_fewer_images_gives_all_and_draws_nothing():
     items = [["x0", 5, "x"], ["y0", 2, "y"], ["y1", 2, "y"], ["y2", 2, "y"], ["x1", 5, "x"]]
     drawn = [path for path, _, _ in data.few_shot({"train": items}, 3, 1)["train"]]
     assert drawn == ["x0", "x1", *random.Random(1).sample(["y0", "y1", "y2"], 3)]
+
+
+def test_a_draw_is_told_by_its_sha256():
+    """By hand for two images, and for the demo's draw, which is the same in every protocol."""
+    items, content = [["é/1.jpg", 1, "b"], ["a\n.jpg", 0, "a"]], b"\xc3\xa9/1.jpg\t1\na\\n.jpg\t0\n"
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    assert data.describe_draw(items, 1, 3) == f"few-shot draw: 1 shots, seed 3, SHA-256 {digest}"
+    for protocol in ("base-to-new", "few-shot", "cross-dataset"):
+        task = data.open_task(options.Settings(protocol=protocol, unlabeled_shots=2))
+        assert task.draw == "few-shot draw: 16 shots, seed 1, SHA-256 f7d857e0fb4c"
 
 
 def test_the_eleven_demo_domains():
@@ -127,6 +138,7 @@ def test_what_data_py_shows(eurosat, command):
         found = command(f"data.py eurosat --shots 4 --list {name} --root", eurosat)[1]
         lists[name] = [line.split("\t") for line in found.splitlines()]
     drawn = data.few_shot(folders.open_dataset("eurosat", eurosat).split, 4, 1)["train"]
+    assert data.describe_draw(drawn, 4, 1) in out.splitlines()
     assert lists["train"] == [[path, str(label), name] for path, label, name in drawn]
     assert [path for path, _, _ in lists["base"] + lists["new"]] == [path for path, _, _ in drawn]
     assert lists["new"][0][1:] == ["0", "Pasture Land"] and len(lists["test"]) == 20

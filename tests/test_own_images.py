@@ -291,7 +291,7 @@ NEW = f"{TUNE} --root own --unlabeled new --new-classes names.txt"
 PREDICT = "predict.py --prompt run/new.safetensors --classes names.txt --out x.csv"
 WRONG = {
     f"{TUNE} --root own/old_gate": "holds no class folders",
-    f"{TUNE} --root two": "2 classes are too few for base and new: give 3, or run.py --protocol few-shot",
+    f"{TUNE} --root two": "base-to-new needs 3 classes, not 2: add some, or run.py --protocol few-shot",
     f"{TUNE} --root one": "'Red Door' has no training image",
     f"{TUNE} --root own --unlabeled new": "belong together",
     f"{NEW} --unlabeled nowhere": "nowhere is not a folder",

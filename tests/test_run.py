@@ -110,7 +110,8 @@ def test_the_classifier_of_a_run_is_what_generalized_accuracy_scores(finished):
 
 def test_several_seeds_and_nothing_to_resume(tune):
     """The last table has the means, and the H of the mean Base and New. --resume tells a run of other settings."""
-    out, _, folder = succeeds(tune("--method zeroshot backbone --seed 1 2 2"))
+    out, err, folder = succeeds(tune("--method zeroshot backbone --seed 1 2 2"))
+    assert re.findall(r"^few-shot draw: 4 shots, seed (.), SHA-256 \w{12}$", err, re.M) == ["1", "2"]
     found = [read(next(folder.glob(f"*backbone-seed{seed}*")), "result") for seed in (1, 2)]
     (base, other), (new, other_new) = ([result[half] for result in found] for half in ("base", "new"))
     assert "eurosat, seeds 1 2 (mean ± standard deviation), 4 shots" in out and len(table(out)) == 6
