@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import statistics
 
 from experiments import figures, sweep
-from experiments.tables import markdown, over_datasets
+from experiments.tables import markdown, over_datasets, paired, told
 from harness import demo
 from harness.cli import run_main
 from harness.files import Index, make_folder
@@ -103,10 +103,8 @@ def table_of_phase_2(cells):
     compared, right = ["compared with clip", "", ""], ["pseudo-labels", ""]
     for way in PHASE_2:
         new, papers = ([one["new"] for results in cells.of(name) for one in results] for name in (way, "clip"))
-        gains = [ours - theirs for ours, theirs in zip(new, papers)]
         if way != "clip":
-            higher = sum(gain > 0 for gain in gains)
-            compared.append(f"{statistics.mean(gains):+.2f}, higher in {higher} of {len(gains)}")
+            compared.append(told(*paired(new, papers)))
         right.append(f"{cells.right_labels(way):.1f}% right")
     return markdown([*table, compared, right])
 

@@ -16,9 +16,9 @@ BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as peo
     "root": 945,
     "harness": 2215,
     "baselines": 400,
-    "experiments": 1365,
+    "experiments": 1517,
     "docs, examples": 520,
-    "tests": 3355,
+    "tests": 3382,
 }
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders
     "mao": set(),

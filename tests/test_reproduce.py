@@ -145,7 +145,7 @@ def test_hidden(monkeypatch, tmp_path, capsys):
     arguments(monkeypatch, "--seeds", 1, 2, "--out", tmp_path, "--figure", tmp_path / "f.png", of=hidden.main)
     told = " ".join(capsys.readouterr().out.split())
     assert "| CoOp + MAO | 80.00 ± 0.00 | 50.00 ± 0.00 | 61.54 ± 0.00 | 60.00 ± 0.00 | 20.00 ± 0.00 | 30.00" in told
-    assert "+5.00, higher in 22 of 22" in told and "61.5% right" in told and (tmp_path / "f.png").is_file()
+    assert "+5.00 ± 0.00, 22 of 22" in told and "61.5% right" in told and (tmp_path / "f.png").is_file()
 
 
 def test_dissect(monkeypatch, tmp_path, capsys):
