@@ -78,12 +78,18 @@ def nearest_classes(classnames, top_k, encoder):
     if e.ndim != 2 or len(e) != count:
         raise ValueError(f"encoder gave {tuple(e.shape)} for {count} names: one row for each")
     e = e / e.norm(dim=-1, keepdim=True)  # e_c / ||e_c||                              [C_b, width]
-    cosine = e @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                                 [C_b, C_b]
-    if same := int((cosine > 0.9999).sum() - count) // 2:
+    # A class comes first even where two names embed alike; of equally near ones, the first in C_b.
+    nearest, same = torch.arange(count)[:, None].repeat(1, top_k), 0  # T'_b           [C_b, K]
+    for rows in torch.arange(count).tensor_split(1 + count // 1024):  # all at once take gigabytes
+        cosine = e[rows] @ e.T  # <e_t, e_c> / (||e_t|| ||e_c||)                   [<= 1024, C_b]
+        same += int(torch.count_nonzero(cosine > 0.9999))
+        for k in range(1, top_k):
+            cosine.scatter_(1, nearest[rows, k - 1 : k], -torch.inf)  # without the class found last
+            nearest[rows, k] = cosine.max(dim=1).indices
+    if same := (same - count) // 2:
         text = f"{same} of {count * (count - 1) // 2} pairs of class names have the same embedding"
         warnings.warn(f"{text}: give another encoder (run.py: --text-encoder)", stacklevel=3)
-    cosine.fill_diagonal_(2)  # a class comes first even where two names embed alike
-    return cosine.argsort(dim=1, descending=True, stable=True)[:, :top_k].numpy()
+    return nearest.numpy()
 
 
 def check(labels, classnames, batch_size, top_k):

@@ -13,7 +13,7 @@ from harness import scores
 from harness.options import paper_batch
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
-from sampler import HardNegativeSampler, minilm
+from sampler import HardNegativeSampler, minilm, nearest_classes
 
 
 class Plain(torch.nn.Module):
@@ -159,6 +159,19 @@ def test_hard_negatives_are_the_nearest_names():
     assert seen == ["sea or lake", "river"]
     twins = HardNegativeSampler([0, 1, 2], ["x", "y", "z"], 1, 2, encoder=lambda names: torch.ones(3, 4))
     assert twins.neighbors[:, 0].tolist() == [0, 1, 2]  # a class comes first even beside its twin
+
+
+@pytest.mark.parametrize("count, top_k", [(40, 40), (1025, 5), (2500, 3)])  # from 1024 classes on, in parts
+def test_the_nearest_names_are_those_of_a_full_stable_sort(count, top_k):
+    """The embeddings are 81 kinds of rows whose cosines are exact, so most classes have many equally near ones."""
+    drawn = torch.randint(3, (count, 4), generator=torch.Generator().manual_seed(1))
+    e = torch.eye(3, dtype=torch.float64)[drawn].flatten(1)
+    cosine = e @ e.T / 4
+    twins = (int((cosine == 1).sum()) - count) // 2
+    with pytest.warns(UserWarning, match=f"^{twins} of {count * (count - 1) // 2} pairs"):
+        found = nearest_classes(["x"] * count, top_k, lambda names: e)
+    plain = cosine.fill_diagonal_(2).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    assert torch.equal(torch.from_numpy(found), plain)
 
 
 def test_batches_hold_b_times_k_images_and_every_anchor_once():

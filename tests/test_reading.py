@@ -29,8 +29,8 @@ def test_each_line_of_code_is_todays_source():
 
 
 def test_a_listing_shows_the_lines_that_its_text_names():
-    whole, rows = docs.listing("sampler.py", "nearest_classes", "e = e ... cosine = e\nreturn")
-    assert [line.strip()[:6] for _, line in rows] == ["@torch", "def ne", "...", "e = e ", "cosine", "...", "return"]
+    whole, rows = docs.listing("sampler.py", "nearest_classes", "for rows ... cosine = e\nreturn")
+    assert [line.strip()[:6] for _, line in rows] == ["@torch", "def ne", "...", "for ro", "cosine", "...", "return"]
     assert (
         len(whole) > 15 and '"""' in docs.listing_html("sampler.py", "nearest_classes", "return").split("<details>")[1]
     )
