@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 from harness import folders
 from harness.cli import printable, run_main
-from harness.files import Count, Index
-from harness.images import FolderReader, find_images
+from harness.files import Count, Index, Lists
+from harness.image_files import FolderReader, find_images
 from harness.layouts import by_label
 from harness.options import Parser, checked, paper_batch
-from harness.runs import Lists
 
 # The few-shot draw and the halves -------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ def own_new_classes_task(source, args, kept_test=None):
 
     args: settings with `unlabeled`, `new_classes` and `new_test`. kept_test: the items of --new-test that a run kept,
     to score it again; then nothing is tuned, and the unlabeled images are left out. ValueError, FileNotFoundError: as
-    `few_shot_task`, `folders.read_names`, `images.find_images` and `folders.labeled_folder`.
+    `few_shot_task`, `folders.read_names`, `image_files.find_images` and `folders.labeled_folder`.
     """
     task = few_shot_task(source, args.shots, args.seed)
     task.tests = {"base": task.tests["accuracy"]}

@@ -15,9 +15,50 @@ image that cannot be read has a row without a class; the command then ends with 
     print(classify([Image.open("photo.jpg")]))  # [(class, confidence)]
 """
 
+import pathlib
+
+from harness.cli import printable, run_main
+from harness.files import is_own, open_atomic, wrap_os_errors
+from harness.options import Device, Parser, Workers, checked
+
+
+def parse(arguments=None):
+    """The command line of predict.py. Ends with exit code 2 and one sentence where what it names cannot be used."""
+    parser = Parser("predict.py", __doc__)
+    add, tuned = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
+    # fmt: off
+    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="*", help="images, and folders with subfolders")
+    tuned("--run", metavar="DIR", help="the folder of a finished run: its prompts and its class names")
+    add("--candidates", choices=["all", "base", "new"], help="the classes of --run (default: all that it has)")
+    tuned("--prompt", metavar="FILE", help="prompts instead: .safetensors of a run, or the authors' model.pth.tar-N")
+    add("--classes", metavar="FILE", help="the candidates of --prompt, one per line (default: those that it names)")
+    add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
+    add("--export", type=pathlib.Path, metavar="FILE", help="for other programs: .safetensors (a head), .onnx (all)")
+    add("--clip", metavar="CLIP", help="the frozen CLIP, if it is not where the run had it")
+    add("--device", type=checked(Device), metavar="DEVICE", help="as of run.py (default: cuda where there is one)")
+    add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
+    # fmt: on
+    args = parser.parse_args(arguments and [str(word) for word in arguments])
+    if not args.images and args.export is None or not args.run and not args.prompt:
+        parser.error("nothing to do: give an image, a folder or --export FILE, and --run DIR or --prompt FILE")
+    if (args.run and args.classes) or (args.prompt and args.candidates):
+        parser.error("--candidates belongs to --run, and --classes to --prompt: leave one out")
+    for place in args.images:
+        if not place.exists():
+            parser.error(f"there is no image or folder {place}: give one")
+    for option, path in (("--out", args.images and args.out), ("--export", args.export)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{option} {path} must be a file in a folder that exists: give another")
+        if path and not is_own(path, ".csv" if option == "--out" else path.suffix):
+            parser.error(f"{option} {path} is there, and predict.py did not write it: give another file")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # --help, wrong options and missing images answer here: the imports below take seconds
+
 import csv
 import io
-import pathlib
 import sys
 
 import torch
@@ -27,13 +68,10 @@ from tqdm import tqdm
 
 from backbones import BACKBONES
 from baselines import BASELINES
-from harness import images, runs
-from harness.cli import printable, run_main
+from harness import image_files, images, runs
 from harness.clips import load_clip_of
-from harness.export import export, is_own
-from harness.files import open_atomic, wrap_os_errors
+from harness.export import export
 from harness.folders import read_names
-from harness.options import Device, Parser, Workers, checked
 from harness.released import read_released
 from harness.scores import check_finite, scorer
 from harness.tuning import choose_device
@@ -90,7 +128,7 @@ def load_classifier(run, candidates=None, clip=None, device="cpu"):
 
     @torch.no_grad()
     def classify(photos):
-        pixels = torch.stack([transform(images.as_shown(photo)) for photo in photos])
+        pixels = torch.stack([transform(image_files.as_shown(photo)) for photo in photos])
         found = check_finite(logits(images.model_input(pixels.to(device)))).float().softmax(dim=-1).max(dim=-1)
         return [(classes[label], share) for share, label in zip(found.values.tolist(), found.indices.tolist())]
 
@@ -103,7 +141,7 @@ class ImagesOrErrors(images.Images):
     def __getitem__(self, index):
         try:
             return super().__getitem__(index)[0], ""
-        except images.UnreadableImage as error:
+        except image_files.UnreadableImage as error:
             return self.transform(Image.new("RGB", (1, 1))), str(error)
 
 
@@ -146,38 +184,6 @@ def no_formula(text):
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def parse(arguments=None):
-    """The command line of predict.py. ValueError, FileNotFoundError: what it names cannot be used."""
-    parser = Parser("predict.py", __doc__)
-    add, tuned = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    # fmt: off
-    add("images", type=pathlib.Path, metavar="IMAGE_OR_DIR", nargs="*", help="images, and folders with subfolders")
-    tuned("--run", metavar="DIR", help="the folder of a finished run: its prompts and its class names")
-    add("--candidates", choices=["all", "base", "new"], help="the classes of --run (default: all that it has)")
-    tuned("--prompt", metavar="FILE", help="prompts instead: .safetensors of a run, or the authors' model.pth.tar-N")
-    add("--classes", metavar="FILE", help="the candidates of --prompt, one per line (default: those that it names)")
-    add("--out", type=pathlib.Path, default="predictions.csv", metavar="FILE", help="default: predictions.csv")
-    add("--export", type=pathlib.Path, metavar="FILE", help="for other programs: .safetensors (a head), .onnx (all)")
-    add("--clip", metavar="CLIP", help="the frozen CLIP, if it is not where the run had it")
-    add("--device", type=checked(Device), metavar="DEVICE", help="as of run.py (default: cuda where there is one)")
-    add("--workers", type=checked(Workers), metavar="N", help="load images (default: one per core, at most 8)")
-    # fmt: on
-    args = parser.parse_args(arguments and [str(word) for word in arguments])
-    if not args.images and args.export is None or not args.run and not args.prompt:
-        raise ValueError("nothing to do: give an image, a folder or --export FILE, and --run DIR or --prompt FILE")
-    if (args.run and args.classes) or (args.prompt and args.candidates):
-        raise ValueError("--candidates belongs to --run, and --classes to --prompt: leave one out")
-    for place in args.images:
-        if not place.exists():
-            raise FileNotFoundError(f"there is no image or folder {place}: give one")
-    for option, path in (("--out", args.images and args.out), ("--export", args.export)):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{option} {path} must be a file in a folder that exists: give another")
-        if path and not is_own(path, ".csv" if option == "--out" else path.suffix):
-            raise ValueError(f"{option} {path} is there, and predict.py did not write it: give another file")
-    return args
-
-
 def main(arguments=None):
     """Exports the classifier, predicts, or both. Returns what `classify` does."""
     args = parse(arguments)
@@ -199,15 +205,15 @@ def classify(args, learners, classes, device):
     """
     paths, wrong = [], []
     for place in args.images:
-        paths += [place / name for name in images.find_images(place)] if place.is_dir() else [place]
+        paths += [place / name for name in image_files.find_images(place)] if place.is_dir() else [place]
     single, transform = args.images == paths[:1], images.test_transform(learners[0].clip_model.visual.input_resolution)
-    dataset = ImagesOrErrors(paths, images.FolderReader(pathlib.Path()), transform)
+    dataset = ImagesOrErrors(paths, image_files.FolderReader(pathlib.Path()), transform)
     workers = args.workers if args.workers is not None else 0 if single else images.default_workers()
     found = predict(learners, images.loader(dataset, workers, prefetch_factor=1, batch_size=64), device)
     for probabilities, errors in write_table(args.out, paths, classes, found):
         wrong += [error for error in errors if error]
         if single and wrong:
-            raise images.UnreadableImage(wrong[0])
+            raise image_files.UnreadableImage(wrong[0])
         top = probabilities[0].topk(min(5, len(classes)))
     if single:
         for probability, label in zip(top.values.tolist(), top.indices.tolist()):

@@ -11,10 +11,11 @@
 Each row of the table leaves its prompts and scores in a folder under --out.
 """
 
-from harness import options
+from harness import folders, options
+from harness.cli import printable, run_main, warn
 
-if __name__ == "__main__":
-    options.parse(description=__doc__)  # --help and wrong options answer here: the imports below take seconds
+if __name__ == "__main__":  # --help, wrong options and a missing folder answer here: the imports below take seconds
+    run_main("run.py", lambda: folders.look_for_dataset(options.parse(description=__doc__)))
 
 import copy
 import math
@@ -27,8 +28,7 @@ from msgspec.structs import asdict, replace
 from backbones import BACKBONES, Learner, ZeroShot
 from baselines import BASELINES, labelers, samplers
 from data import open_task
-from harness import folders, runs, scores
-from harness.cli import printable, run_main, warn
+from harness import runs, scores
 from harness.clips import load_clip_of
 from harness.images import ShuffledBatches
 from harness.tuning import PhaseBatches, fill_defaults, machine_defaults, make_optimizer

@@ -48,7 +48,8 @@ from harness import options
 from harness.cli import run_main
 from harness.clips import PRECISIONS, clip, in_precision
 from harness.files import atomic_write
-from harness.images import FolderReader, Images, KeptImages, loader, train_transform
+from harness.image_files import FolderReader
+from harness.images import Images, KeptImages, loader, train_transform
 from harness.runs import peak_mib, restart_peak
 from harness.scores import scorer
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss

@@ -108,7 +108,8 @@ def _signed_distance(shape, points):
 
 PIXELS = _grid(SIZE, 1.0)
 CELLS, REACH = 256, 1.6  # of the tables of distances, which `draw` looks up
-DISTANCE = {shape: _signed_distance(shape, _grid(CELLS, REACH)).reshape(CELLS, CELLS) for shape in NEIGHBORS}
+# The table of a shape, made when it is first drawn: all of them take a third of a second.
+distances = functools.cache(lambda shape: _signed_distance(shape, _grid(CELLS, REACH)).reshape(CELLS, CELLS))
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def draw(classname, domain, rng):
     cosine, sine = np.cos(turn), np.sin(turn)
     points = (PIXELS - shift) @ np.array([[cosine, -sine], [sine, cosine]]) / size  # [SIZE*SIZE, 2] on the shape
     column, row = np.clip((points * (1, -1) / REACH + 1) / 2 * CELLS, 0, CELLS - 1).astype(int).T
-    distance = DISTANCE[shape][row, column]
+    distance = distances(shape)[row, column]
     if outlined:
         distance = np.abs(distance) - 0.11
     cover = np.clip(0.5 - distance * size * SIZE / 2, 0, 1)[:, None]  # anti-aliased over one pixel

@@ -4,7 +4,6 @@ python predict.py --run runs/demo-coop-mao-seed1 --export head.safetensors
 python predict.py --run runs/demo-coop-mao-seed1 --export model.onnx
 """
 
-import codecs
 import json
 import os
 import pathlib
@@ -14,26 +13,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from harness.files import atomic_write, wrap_os_errors
+from harness.files import MARKS, atomic_write, wrap_os_errors
 from harness.images import model_input
 from harness.scores import check_finite, scorer
-
-# What the first bytes of predict.py's files have
-MARKS = {".csv": b"path,class,confidence", ".safetensors": rb'"mao":"{\"classnames\"', ".onnx": b"\x12\x03MAO"}
-
-
-def is_own(path, kind):
-    """Whether predict.py may write a file: it is not there, it is empty, or predict.py wrote it. kind: its ending."""
-    if not path.exists() and not path.is_symlink():
-        return True
-    if path.is_symlink() or not path.is_file():  # such as /dev/null
-        return False
-    with open(path, "rb") as file:
-        start = file.read(200)
-    if kind == ".csv":
-        start = start.splitlines()[0].removeprefix(codecs.BOM_UTF8) if start else b""
-        return start in (b"", MARKS[kind])
-    return not start or MARKS.get(kind, b"") in start
 
 
 def export(path, learners, header, classnames):

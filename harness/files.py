@@ -3,6 +3,7 @@
 A file may be broken, edited by hand, or written by another program. `read_json` checks it once, by msgspec.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,15 @@ Real = Annotated[float, Meta(ge=-1e38, le=1e38)]  # finite, and within float32
 Name = Annotated[str, Meta(min_length=1)]
 Items = list[tuple[Name, Index, Name]]  # [path, label, class name]
 Split = dict[Literal["train", "val", "test"], Items]  # of a dataset, as CoOp's split files have it
+# What the first bytes of predict.py's files have
+MARKS = {".csv": b"path,class,confidence", ".safetensors": rb'"mao":"{\"classnames\"', ".onnx": b"\x12\x03MAO"}
+
+
+class Lists(msgspec.Struct):
+    """lists.json: the split of images of the user's own, and the items of --new-test."""
+
+    split: Split | None
+    new_test: Items | None
 
 
 def atomic_write(path, content):
@@ -63,6 +73,20 @@ def make_folder(folder):
 def fingerprint(content):
     """SHA-256 of anything that JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_own(path, kind):
+    """Whether predict.py may write a file: it is not there, it is empty, or predict.py wrote it. kind: its ending."""
+    if not path.exists() and not path.is_symlink():
+        return True
+    if path.is_symlink() or not path.is_file():  # such as /dev/null
+        return False
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if kind == ".csv":
+        start = start.splitlines()[0].removeprefix(codecs.BOM_UTF8) if start else b""
+        return start in (b"", MARKS[kind])
+    return not start or MARKS.get(kind, b"") in start
 
 
 def read_text(path, advice="get the file again", option=""):

@@ -8,17 +8,19 @@ import collections
 import csv
 import difflib
 import hashlib
+import html
 import io
 import os
 import pathlib
 import re
 from typing import NamedTuple
 
+import ftfy
+
 from harness import demo
 from harness.cli import printable, warn
-from harness.clips import clip
 from harness.files import decode, no_duplicate_keys, read_text
-from harness.images import FolderReader, image_paths, warn_of_odd_images
+from harness.image_files import FolderReader, image_paths, warn_of_odd_images
 from harness.layouts import LAYOUTS, class_folders, fetch, parts_of, read_split, split_by_rule, subfolders, unwrapped
 
 DEMOS = ["demo"] + [f"demo-{domain}" for domain in demo.LIGHTS]
@@ -344,10 +346,10 @@ def as_clip_reads(name):
     """What CLIP sees of a class name, a string: two names with the same result are one class to it.
 
     The prompts here read `_` as a space. CLIP's tokenizer composes accents, repairs broken Unicode and HTML, joins
-    blanks, and lower-cases.
+    blanks, and lower-cases. So does this, without the package `clip`, which imports PyTorch.
     """
-    cleaned = clip.simple_tokenizer.basic_clean(name.replace("_", " "))
-    return clip.simple_tokenizer.whitespace_clean(cleaned).lower()
+    cleaned = html.unescape(html.unescape(ftfy.fix_text(name.replace("_", " "))))
+    return " ".join(cleaned.split()).lower()
 
 
 def name_finder(names):
@@ -373,6 +375,17 @@ def warn_of_same_names(names, known=()):
 
 
 # What a run says before it works --------------------------------------------------------------------------------------
+
+
+def look_for_dataset(settings):
+    """Raises the error of a dataset's folder that is missing, before anything is imported that takes seconds.
+
+    settings: `options.Settings`. ValueError, FileNotFoundError: as `open_dataset`.
+    """
+    name, root = settings.dataset, settings.root or "data"
+    place = dataset_folder(name, root) if name in LAYOUTS else pathlib.Path(root)
+    if not (place.is_dir() or settings.download or settings.eval or name in ("eurosat", *DEMOS)):
+        open_dataset(name, root, names=settings.names, template=settings.template)
 
 
 def look_for_images(task):

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-from torchvision import datasets
 
 from harness.cli import warn
 from harness.files import Items, Split, read_json
-from harness.images import hidden, image_paths, leads_back, needs_package, warn_left_out
+from harness.image_files import hidden, image_paths, leads_back, needs_package, warn_left_out
 
 COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 DRIVE = "https://drive.google.com/file/d/"
@@ -298,6 +297,8 @@ def download_images(layout, part):
     """
     if layout.archive is None:
         raise OSError("no program can download it")
+    from torchvision import datasets  # its import takes four seconds, and reading lists does not need it
+
     if hasattr(datasets, layout.archive):
         getattr(datasets, layout.archive)(str(part), download=True)
     else:

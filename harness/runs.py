@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from harness.cli import printable, warn
-from harness.files import Index, Items, Name, Real, Split, atomic_write, decode, fingerprint, make_folder, read_json
+from harness.files import Index, Lists, Name, Real, atomic_write, decode, fingerprint, make_folder, read_json
 from harness.options import FIELDS, MACHINE_SETTINGS, Config, learner_settings, recipes, typed
 
 try:
@@ -62,13 +62,6 @@ class Header(msgspec.Struct, omit_defaults=True):
     clip_head_width: int | None = None
     classnames: list[Name] | None = None  # that phase 1 tuned on
     candidates: list[Name] | None = None  # that these prompts classify
-
-
-class Lists(msgspec.Struct):
-    """lists.json: the split of images of the user's own, and the items of --new-test."""
-
-    split: Split | None
-    new_test: Items | None
 
 
 # The settings of a row ------------------------------------------------------------------------------------------------

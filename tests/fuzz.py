@@ -32,7 +32,7 @@ from conftest import draw
 import predict
 import run
 from baselines.coprompt import sentence_lists
-from harness import clips, folders, images, options, runs, scores
+from harness import clips, folders, image_files, images, options, runs, scores
 from harness.cli import printable, sentence
 
 NASTY = [
@@ -200,7 +200,7 @@ def of_images(folder):
 
 def read_image(path):
     for plain in (False, True):
-        images.test_transform(16)(images.FolderReader(path.parent, plain)(path.name))
+        images.test_transform(16)(image_files.FolderReader(path.parent, plain)(path.name))
 
 
 # The verdict ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 from experiments.pretrain import pretrain
-from harness import clips, demo, folders, images, options, scores
+from harness import clips, demo, folders, image_files, images, options, scores
 
 EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]  # images per class in CoOp's split
 AUGMENT = images.train_transform(32, (0.3, 1))
@@ -115,7 +115,7 @@ def test_decoded_images_are_kept_within_the_memory_given(tmp_path, monkeypatch):
 
     def read(path):
         decoded.append(path)
-        return images.FolderReader(tmp_path)(path)
+        return image_files.FolderReader(tmp_path)(path)
 
     for mib, workers, times in ((0, 0, [2] * 6), (1, 0, [1] * 4 + [2] * 2), (9, 0, [1] * 6), (1, 2, [1] * 5 + [0])):
         decoded.clear()
@@ -126,7 +126,7 @@ def test_decoded_images_are_kept_within_the_memory_given(tmp_path, monkeypatch):
         assert [decoded.count(path) for path in paths] == times, (mib, workers)  # those of a worker are not counted
     assert all(torch.equal(one, other[0]) for other in found.values() for one in other)
     monkeypatch.setattr(torch.multiprocessing, "get_start_method", lambda: "spawn")  # macOS's
-    kept = pickle.loads(pickle.dumps(images.KeptImages(images.FolderReader(tmp_path), paths, 2, 1)))
+    kept = pickle.loads(pickle.dumps(images.KeptImages(image_files.FolderReader(tmp_path), paths, 2, 1)))
     assert [kept(path).size for path in paths] == [(256, 256)] * 6 and list(kept.kept) == paths[:2]  # its share
 
 

@@ -17,6 +17,14 @@ PREDICT = "predict.py --workers 0 --prompt run/new.safetensors --classes names.t
 PRINT = "from harness.cli import run_main; run_main('x.py', lambda: print('line\\n' * 100_000))"
 
 
+@pytest.mark.parametrize("option", ["--help", "--wrong", ""])
+@pytest.mark.parametrize("line", ["run.py --dataset folder --root x", "data.py dtd --root x", "predict.py x --run x"])
+def test_help_a_wrong_option_and_a_missing_folder_are_answered_without_pytorch(line, option):
+    ask = [sys.executable, "-X", "importtime", *line.split(), *option.split()]
+    done = subprocess.run(ask, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == (0 if option == "--help" else 2) and " torch\n" not in done.stderr, done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
 def test_an_output_that_takes_nothing():
     full = "x.py: the output cannot be written (No space left on device): make room, or send it elsewhere\n"

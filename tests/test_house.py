@@ -13,12 +13,12 @@ PROJECT = pathlib.Path(__file__).parents[1]
 ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run", "predict"}
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
-    "root": 945,
-    "harness": 2215,
+    "root": 951,
+    "harness": 2226,
     "baselines": 400,
-    "experiments": 1517,
+    "experiments": 1519,
     "docs, examples": 520,
-    "tests": 3382,
+    "tests": 3397,
 }
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders
     "mao": set(),

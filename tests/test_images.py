@@ -11,7 +11,7 @@ import torch
 from conftest import draw, succeeds, table
 from PIL import Image, ImageCms
 
-from harness import images, layouts, runs
+from harness import image_files, images, layouts, runs
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 WIDE = np.stack([GRAY, GRAY.T, GRAY[::-1]], axis=2)[:12]  # [12, 16, 3]
@@ -19,7 +19,7 @@ DEEP = GRAY.astype(np.uint16) * 257
 
 
 def shown(folder, name, plain=False):
-    return np.asarray(images.FolderReader(folder, plain)(name))
+    return np.asarray(image_files.FolderReader(folder, plain)(name))
 
 
 def test_16_bits_are_scaled_to_8(tmp_path):
@@ -37,8 +37,8 @@ def test_32_bits_are_refused(tmp_path):
     """Their range is not known. decode=False is the check before a run."""
     for values, decode in itertools.product((GRAY.astype(np.int32), GRAY.astype(np.float32) / 255), (True, False)):
         Image.fromarray(values).save(tmp_path / "counts.tiff")
-        with pytest.raises(images.UnreadableImage, match="counts.tiff .*32-bit"):
-            images.FolderReader(tmp_path)("counts.tiff", decode)
+        with pytest.raises(image_files.UnreadableImage, match="counts.tiff .*32-bit"):
+            image_files.FolderReader(tmp_path)("counts.tiff", decode)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "la.png", "la.tif", "p.png", "p.gif", "rgb.png", "l.png"])
@@ -88,13 +88,13 @@ def test_broken_images_are_named(tmp_path):
     (tmp_path / "short.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.jpg").write_bytes(b"not a JPEG")
     for name in ("short.jpg", "text.jpg", "missing.jpg"):
-        with pytest.raises(images.UnreadableImage, match=f"cannot read the image .*{name}"):
-            images.FolderReader(tmp_path)(name)
+        with pytest.raises(image_files.UnreadableImage, match=f"cannot read the image .*{name}"):
+            image_files.FolderReader(tmp_path)(name)
 
 
 def said(capsys, folder):
     """What the command says of the images in a folder."""
-    images.find_images(folder)
+    image_files.find_images(folder)
     return capsys.readouterr().err
 
 
@@ -154,8 +154,8 @@ def test_a_line_and_heic_are_unreadable(tmp_path, monkeypatch, capsys):
     assert "1 .heic; pip install pillow-heif" in said(capsys, tmp_path)
     for name, words in (("line.png", "60000 x 1 pixels"), ("a.heic", "pip install pillow-heif")):
         for plain in (True, False):
-            with pytest.raises(images.UnreadableImage, match=f"{name} .*{words}"):
-                images.FolderReader(tmp_path, plain)(name, False)
+            with pytest.raises(image_files.UnreadableImage, match=f"{name} .*{words}"):
+                image_files.FolderReader(tmp_path, plain)(name, False)
 
 
 # What a folder holds --------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_which_files_are_images(tmp_path, capsys):
     draw(tmp_path / "elsewhere" / "g.png")
     os.symlink(tmp_path / "elsewhere", photos / "linked")
     os.symlink(photos, photos / "deep" / "circle")
-    assert images.find_images(photos) == ["a.jfif", "b.gif", "c.PPM", "deep/er/d.webp", "linked/g.png"]
+    assert image_files.find_images(photos) == ["a.jfif", "b.gif", "c.PPM", "deep/er/d.webp", "linked/g.png"]
     err = capsys.readouterr().err
     assert "2 files are left out" in err and ": 1 .txt, 1 no ending\n" in err and err.count("\n") == 1
 
@@ -197,7 +197,7 @@ def test_which_folders_are_classes(tmp_path, capsys):
 def test_what_workers_get_can_be_pickled(tmp_path):
     """As where workers are spawned, on Windows and macOS; and the images are the same."""
     draw(tmp_path / "a.png")
-    reader = images.KeptImages(images.FolderReader(tmp_path), ["a.png"])
+    reader = images.KeptImages(image_files.FolderReader(tmp_path), ["a.png"])
     for transform in (images.train_transform(32, (0.5, 1.0)), images.Views(images.randaugment_transform(32), 2)):
         dataset = images.Images(["a.png"], reader, transform)
         pairs = zip(dataset[0, 11][0], pickle.loads(pickle.dumps(dataset))[0, 11][0])

@@ -164,8 +164,7 @@ def test_hard_negatives_are_the_nearest_names():
 @pytest.mark.parametrize("count, top_k", [(40, 40), (1025, 5), (2500, 3)])  # from 1024 classes on, in parts
 def test_the_nearest_names_are_those_of_a_full_stable_sort(count, top_k):
     """The embeddings are 81 kinds of rows whose cosines are exact, so most classes have many equally near ones."""
-    drawn = torch.randint(3, (count, 4), generator=torch.Generator().manual_seed(1))
-    e = torch.eye(3, dtype=torch.float64)[drawn].flatten(1)
+    e = torch.eye(3).double()[torch.randint(3, (count, 4), generator=torch.Generator().manual_seed(1))].flatten(1)
     cosine = e @ e.T / 4
     twins = (int((cosine == 1).sum()) - count) // 2
     with pytest.warns(UserWarning, match=f"^{twins} of {count * (count - 1) // 2} pairs"):
