@@ -33,6 +33,7 @@ class Learner(nn.Module):
     """
 
     prompts_images = False  # whether `image_features` depends on what is learned
+    unscaled_images = False  # whether `image_features` is frozen CLIP's, as it leaves the encoder
     text_depends_on_image = False  # whether `text_features` is [B, H, d], of the images last given to `image_features`
     needs_frozen_features = False  # whether `other_losses` compares with frozen CLIP's image features
     cross_entropy = None  # or a method (f, g, targets, classes), which replaces mao.alterable_cross_entropy

@@ -193,7 +193,8 @@ def main(arguments=None):
                 print(folders.describe(task, args.shots, args.unlabeled_shots or args.shots), file=sys.stderr)
             clip_model, sha256 = load_clip_of(asdict(args), args.device)
             args = fill_defaults(args, task, learner_class)
-            tests = scores.TestImages(task, ZeroShot(clip_model, task.base_names), args.device, args.workers)
+            zero_shot, on = ZeroShot(clip_model, task.base_names), (args.device, args.workers)
+            tests = scores.TestImages(task, zero_shot, *on, cache=(args, sha256))
             check_names(learner_class, clip_model, task, args)
         for method in args.method:
             rows[method].append(run_row(method, replace(typed, seed=seed), args, task, clip_model, sha256, tests))
@@ -249,12 +250,12 @@ def score_again(folder, typed):
     if result is None:
         raise ValueError(f"{folder} is not finished: run.py with the same options and --resume continues it")
     given = {name: getattr(typed, name) for name in ("root", "clip", "threads") if getattr(typed, name) is not None}
-    config = machine_defaults(replace(config, device=typed.device, workers=typed.workers, **given))
+    config = machine_defaults(replace(config, device=typed.device, workers=typed.workers, cache=typed.cache, **given))
     task = open_task(config, runs.read_lists(folder))
     runs.check_data(folder, config, task)
     clip_model, sha256 = load_clip_of(asdict(config), config.device)
     learner, states = ZeroShot(clip_model, task.base_names), None
-    tests = scores.TestImages(task, learner, config.device, config.workers)
+    tests = scores.TestImages(task, learner, config.device, config.workers, (config, sha256))
     if config.method != "zeroshot":
         learner, states = runs.read_learner(folder, config, LEARNERS, clip_model, sha256)
     found = scores.score(learner, states, task, tests)

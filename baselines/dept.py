@@ -28,7 +28,7 @@ class DePT(PromptLearner):
     """
 
     tuned_labeler_refused = "its scores are more than a cosine"
-    prompts_images = True  # so that run.py passes images: the head takes features as they leave the encoder
+    unscaled_images = prompts_images = True  # tuning gives it images: the head takes features as they leave the encoder
     recipe = {  # of its CoOp host, for all datasets
         "optimizer": "sgd",
         "epochs": 10,

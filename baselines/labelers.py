@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from backbones import ZeroShot
-from harness.images import Images, loader, model_input, test_transform
+from harness.features import frozen_features
 from mao import other_losses, similarity_logits
 from pseudolabel import PseudoLabeler
 
@@ -77,10 +77,9 @@ def most_confident(probabilities, count):
 @torch.no_grad()
 def of_whole_images(learner, task, args):
     """The foundation CLIP's p [N, C_n] of all unlabeled images, each seen once and whole."""
-    labeler, clip_model = foundation(learner, task), learner.clip_model
-    images = Images(task.new_train, task.new_read, test_transform(clip_model.visual.input_resolution))
-    batches = loader(images, args.workers, batch_size=64)
-    return torch.cat([labeler.probabilities(model_input(batch.to(labeler.g.device))) for batch, _ in batches])
+    labeler, images = foundation(learner, task), (learner.clip_model, task.new_train, task.new_read)
+    on, cache = (args.device, args.workers, "unlabeled images"), (args, args.clip_sha256)
+    return torch.cat([labeler.probabilities(F.normalize(f, dim=-1)) for f in frozen_features(*images, *on, cache)])
 
 
 def soft_new_loss(learner, images, probabilities):

@@ -6,10 +6,11 @@ settings with anchors (b), top_k (K) and seed. Each gives batches of b anchors w
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from backbones import ZeroShot
 from encoders import zero_shot_text_features
-from harness.images import Images, loader, model_input, test_transform
+from harness.features import frozen_features
 from sampler import HardNegativeSampler
 
 
@@ -67,11 +68,10 @@ def of_task(kind, task, args, encoder):
 def confusion(clip_model, task, labels, args):
     """Frozen CLIP's mean probabilities over the few-shot images of each base class: [C_b, C_b]."""
     zero_shot = ZeroShot(clip_model, task.base_names, task.label_template)
-    paths = [path for path, _, _ in task.base_train]
-    images, p = Images(paths, task.read, test_transform(clip_model.visual.input_resolution)), []
-    for batch, _ in loader(images, args.workers, batch_size=64):
-        p.append(zero_shot(model_input(batch.to(zero_shot.features.device))).softmax(dim=-1).cpu())
-    p, labels = torch.cat(p), torch.as_tensor(labels)
+    paths, cache = [path for path, _, _ in task.base_train], (args, args.clip_sha256)
+    features = frozen_features(clip_model, paths, task.read, args.device, args.workers, "labeled images", cache)
+    p = torch.cat([zero_shot(F.normalize(f, dim=-1)).softmax(dim=-1).cpu() for f in features])
+    labels = torch.as_tensor(labels)
     return torch.stack([p[labels == label].mean(dim=0) for label in range(len(task.base_names))])
 
 

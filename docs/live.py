@@ -289,7 +289,7 @@ def predictions(live, after):
     """What `scores.top1` returns of the new classes' test images, by MAO's prompts after a phase."""
     learner = CoOp(live.clip, live.new_names)
     learner.load_state_dict(live.states["mao"][after])
-    return scores.top1(learner, live.tests.batches("new", learner), "cpu")
+    return scores.top1(learner, live.tests.batches("new", learner))
 
 
 def final_scores(live):

@@ -320,7 +320,7 @@ def confusion(folder):
     rows = [("half", "prompts", "true class", "predicted class", "images")]
     for axis, (name, (when, who, of_phases)) in zip(axes, itertools.product(sets, columns)):
         scores.load_prompts_for(who, of_phases, "new" if name == "new" else "base", task.tests[name])
-        _, classes, labels, _ = scores.top1(who, tests.batches(name, who), "cpu")
+        _, classes, labels, _ = scores.top1(who, tests.batches(name, who))
         names = task.tests[name].names
         counts = sorted(collections.Counter(zip(labels.tolist(), classes.tolist())).items())
         rows += [(name, when, names[label], names[found], count) for (label, found), count in counts]

@@ -22,6 +22,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 KEPT_MIB = 1024  # memory for decoded training images, all workers together
+WHOLE = 64  # whole images that are encoded at a time
 
 # Transforms -----------------------------------------------------------------------------------------------------------
 
@@ -49,6 +50,12 @@ class Views:
 
     def __call__(self, image):
         return tuple(self.transform(image) for _ in range(self.count))
+
+
+def augmentation(pixels, crop_scale, randaugment=False, views=1):
+    """The transform of training images: PIL image -> uint8 [3, pixels, pixels], or a tuple of several views."""
+    transform = randaugment_transform(pixels) if randaugment else train_transform(pixels, crop_scale)
+    return Views(transform, views) if views > 1 else transform
 
 
 def test_transform(pixels):
@@ -101,6 +108,17 @@ class Images(Dataset):
         return image, (index if self.labels is None else self.labels[index])
 
 
+def whole_images(clip_model, paths, read, device, workers=0, title="images"):
+    """Yields batches of images as CLIP's own preprocessing shows them, normalized [B, 3, h, w], on the device.
+
+    paths: what `read` takes to return a PIL image. title: of the progress bar.
+    """
+    images = Images(paths, read, test_transform(clip_model.visual.input_resolution))
+    batches = loader(images, workers, batch_size=WHOLE, prefetch_factor=1)
+    for batch, _ in tqdm(batches, title, unit="batch", disable=None):
+        yield model_input(batch.to(device))
+
+
 class KeptImages:
     """A reader that keeps decoded images in memory: training reads its few images again and again.
 
@@ -145,9 +163,8 @@ class CachedViews(Dataset):
         def kept(batch):
             return ([batch] if pixels else []) + ([encode(batch).half().cpu()] if encode is not None else [])
 
-        keys = []  # all images' first view, then all images' second view, ...
-        for position in range(views * len(images)):
-            keys.append((position % len(images), augmentation_seed(seed, phase, 0, position)))
+        # All images' first view, then all images' second view, ...
+        keys = [(i % len(images), augmentation_seed(seed, phase, 0, i)) for i in range(views * len(images))]
         first, what = kept(images[keys[0]][0][None]), f"{views} views of {len(images)} images"
         size = len(keys) * sum(part.nbytes for part in first) / 2**20
         room = psutil.virtual_memory().available / 2**20

@@ -6,6 +6,7 @@ neither PyTorch nor CLIP, so that --help and a wrong option answer at once.
 
 import argparse
 import inspect
+import os
 import sys
 import typing
 from typing import Annotated, Literal
@@ -139,6 +140,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     MACHINE) = None
     threads: option(Threads | None, "of PyTorch on a CPU; the last digits depend on it (default: one per core; demo: "
                     "1)", MACHINE) = None
+    cache: option(Name | None, "folder of frozen CLIP's features of test images, so that no run encodes them again; "
+                  "none: no such folder (default: ~/.cache/mao)", MACHINE) = None
     out: option(Name, "each row leaves a folder there", COMMON, MACHINE) = "runs"
     resume: option(bool, "continue a stopped run of the same settings, bit-identically", COMMON, MACHINE) = False
     force: option(bool, "tune again what is finished, or start a stopped run over", MACHINE) = False
@@ -147,7 +150,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 DEFAULTS = Settings()
-WITH_EVAL = {"eval", "root", "clip", "device", "workers", "threads"}  # what can be given with --eval
+WITH_EVAL = {"eval", "root", "clip", "device", "workers", "threads", "cache"}  # what can be given with --eval
 
 
 class Config(Settings):
@@ -265,6 +268,8 @@ def check(settings):
     given, protocol = set(typed(settings)), settings.protocol
     if settings.eval and given - WITH_EVAL:
         raise ValueError(f"{dashed(min(given - WITH_EVAL))} has no effect with --eval: leave it out")
+    if settings.cache and settings.cache != "none" and os.path.isfile(settings.cache):
+        raise ValueError(f"--cache {settings.cache} is a file: give a folder, or none")
     if settings.dataset == "folder" and not settings.root:
         raise ValueError("--dataset folder needs --root, the folder of your class folders")
     if bool(settings.unlabeled) != bool(settings.new_classes) or (settings.new_test and not settings.unlabeled):

@@ -9,10 +9,11 @@ import pathlib
 import statistics
 
 import torch
-from tqdm import tqdm
+from torch.nn import functional as F
 
 from harness.cli import printable
-from harness.images import Images, loader, model_input, test_transform
+from harness.features import frozen_features
+from harness.images import WHOLE, whole_images
 from harness.runs import COST
 
 PAPER = pathlib.Path(__file__).parents[1] / "experiments" / "paper.json"
@@ -26,32 +27,38 @@ UNBALANCED = 2  # points between accuracy and the mean of the classes that the t
 class TestImages:
     """The test images of a task, for any number of learners.
 
-    task: a `data.Task`. zero_shot: frozen CLIP as a learner; it encodes the images, once, for the learners that do not
-    prompt them. device, workers, batch_size: of loading and encoding.
+    Frozen CLIP encodes each image once, for all learners that do not prompt images. A learner that does encodes it once
+    for each state of its prompts, whatever its classes are.
+
+    task: a `data.Task`. zero_shot: frozen CLIP as a learner. device, workers, cache: as of `frozen_features`.
     """
 
-    def __init__(self, task, zero_shot, device, workers=0, batch_size=64):
-        self.task, self.zero_shot, self.device = task, zero_shot, device
-        self.workers, self.batch_size, self.features = workers, batch_size, {}
+    def __init__(self, task, zero_shot, device, workers=0, cache=None):
+        self.task, self.zero_shot, self.device, self.workers, self.cache = task, zero_shot, device, workers, cache
+        self.frozen, self.prompted, self.learner = {}, {}, None
 
     @torch.no_grad()
     def batches(self, name, learner):
-        """Batches of the test set `name`: uint8 images [B, 3, h, w], or features [B, d] where the learner takes them;
-        and labels [B].
+        """Yields batches of the test set `name`: features [B, d], as the learner's `image_features` returns them, or
+        images [B, 3, h, w] where its text depends on images that it prompts; and labels [B].
         """
         test = self.task.tests[name]
-        paths, labels = [path for path, _, _ in test.items], [label for _, label, _ in test.items]
-        transform = test_transform(self.zero_shot.clip_model.visual.input_resolution)
-        images = Images(paths, test.read, transform, labels)
-        batches = loader(images, self.workers, batch_size=self.batch_size, prefetch_factor=1)
-        if learner.prompts_images:
-            return batches
-        if name not in self.features:
-            self.features[name] = [
-                (self.zero_shot.image_features(model_input(images.to(self.device))), labels)
-                for images, labels in tqdm(batches, f"{name} test images", unit="batch", disable=None)
-            ]
-        return self.features[name]
+        paths, labels, _ = zip(*test.items)
+        about = self.zero_shot.clip_model, paths, test.read, self.device, self.workers, f"{name} test images"
+        if learner.unscaled_images or not learner.prompts_images:
+            if name not in self.frozen:
+                self.frozen[name] = frozen_features(*about, self.cache)
+            found = [f if learner.unscaled_images else F.normalize(f, dim=-1) for f in self.frozen[name]]
+        elif learner.text_depends_on_image:
+            found = whole_images(*about)
+        else:
+            state = [value.clone() for value in learner.state_dict().values()]
+            if learner is not self.learner or not all(map(torch.equal, state, self.state)):
+                self.learner, self.state, self.prompted = learner, state, {}
+            if name not in self.prompted:
+                self.prompted[name] = [learner.image_features(images) for images in whole_images(*about)]
+            found = self.prompted[name]
+        return zip(found, torch.tensor(labels).split(WHOLE))
 
 
 def score(learner, states, task, tests):
@@ -67,7 +74,7 @@ def score(learner, states, task, tests):
     scores, found = {}, {}
     for name in task.tests:
         load_prompts_for(learner, states, "base", task.tests[name])
-        found[name] = top1(learner, tests.batches(name, learner), tests.device)
+        found[name] = top1(learner, tests.batches(name, learner))
         scores[name] = accuracy(*found[name])
     targets = list(scores.values())[1:]
     if targets:
@@ -90,10 +97,9 @@ def score_halves(learner, states, task, tests):
             continue
         load_prompts_for(learner, states, phase, task.tests[half])
         for name in task.tests:  # the other half's images too: "one_list" needs them
-            found[phase, half, name] = top1(learner, tests.batches(name, learner), tests.device)
-    base, new = accuracy(*found["base", "base", "base"]), None
-    if "new" in task.tests:
-        new = accuracy(*found["new", "new", "new"])
+            found[phase, half, name] = top1(learner, tests.batches(name, learner))
+    base = accuracy(*found["base", "base", "base"])
+    new = accuracy(*found["new", "new", "new"]) if "new" in task.tests else None
     scores = {"base": base, "new": new, "h": None if new is None else harmonic_mean(base, new)}
     scores["base_by_final_prompt"] = accuracy(*found["new", "base", "base"])
     details = by_class(task.tests, {half: found[half, half, half] for half in task.tests})
@@ -166,22 +172,19 @@ def load_prompts_for(learner, states, phase, test):
 
 
 @torch.no_grad()
-def top1(learner, batches, device):
+def top1(learner, batches):
     """Of each of N images: the highest score over the learner's classes, whose it is, the label, and the class's
     probability (Eq. 3). Four tensors [N].
 
-    batches: (uint8 images or features, labels). ValueError: the scores are not finite.
+    batches: of `TestImages`. ValueError: the scores are not finite.
     """
-    scores, classes, truth, confidences = [], [], [], []
-    classify = scorer(learner)
+    classify, found = scorer(learner), []
     for images, labels in batches:
-        logits = check_finite(classify(model_input(images.to(device)))).float()
+        logits = check_finite(classify(images)).float()
         best = logits.max(dim=-1)
-        scores.append(best.values.cpu())
-        classes.append(best.indices.cpu())
-        truth.append(labels)
-        confidences.append((best.values - logits.logsumexp(dim=-1)).exp().cpu())
-    return torch.cat(scores), torch.cat(classes), torch.cat(truth), torch.cat(confidences)
+        confidences = (best.values - logits.logsumexp(dim=-1)).exp()
+        found.append((best.values.cpu(), best.indices.cpu(), labels, confidences.cpu()))
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def accuracy(scores, classes, labels, confidences):
@@ -190,7 +193,7 @@ def accuracy(scores, classes, labels, confidences):
 
 
 def scorer(*learners):
-    """A function from images (or features) to the scores at test, logits [B, C] (Eq. 3).
+    """A function from images, or features of `TestImages`, to the scores at test, logits [B, C] (Eq. 3).
 
     Text is encoded once, here, unless it depends on the image. Of several learners on one CLIP, such as the prompts
     after each phase, C counts the classes of all, one learner's after the other's.
@@ -202,7 +205,7 @@ def scorer(*learners):
             images = learners[0].image_features(images)  # frozen CLIP's, for all
         found = []
         for learner, g in zip(learners, texts):
-            f = learner.image_features(images)  # [B, d]
+            f = images if learner.prompts_images and images.ndim == 2 else learner.image_features(images)  # [B, d]
             found.append(learner.logits(f, learner.text_features() if g is None else g))
         return torch.cat(found, dim=-1)
 

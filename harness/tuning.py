@@ -7,17 +7,7 @@ from msgspec.structs import replace
 
 from encoders import frozen_image_features
 from harness.cli import warn
-from harness.images import (
-    CachedViews,
-    Images,
-    KeptImages,
-    Views,
-    default_workers,
-    model_input,
-    randaugment_transform,
-    train_transform,
-    training_loader,
-)
+from harness.images import CachedViews, Images, KeptImages, augmentation, default_workers, model_input, training_loader
 from harness.options import SGD, WARMUP_LR, paper_batch
 
 
@@ -88,21 +78,15 @@ class PhaseBatches:
 
     def __init__(self, phase, learner, task, sampler, args):
         self.clip_model, self.device, self.phase = learner.clip_model, args.device, phase
+        paths, labels, read = task.new_train, None, task.new_read
         if phase == 1:
-            paths, labels = [path for path, _, _ in task.base_train], [label for _, label, _ in task.base_train]
-            read = task.read
-        else:
-            paths, labels, read = task.new_train, None, task.new_read
-        pixels = self.clip_model.visual.input_resolution
-        transform = train_transform(pixels, task.crop_scale)
-        if args.recipe == "own" and learner.recipe.get("augmentation") == "randaugment":
-            transform = randaugment_transform(pixels)
-        if learner.views > 1:
-            transform = Views(transform, learner.views)
+            (paths, labels, _), read = zip(*task.base_train), task.read
+        randaugment = args.recipe == "own" and learner.recipe.get("augmentation") == "randaugment"
+        transform = augmentation(self.clip_model.visual.input_resolution, task.crop_scale, randaugment, learner.views)
         images = Images(paths, KeptImages(read, paths, args.workers), transform, labels)
         if args.cache_views:
             frozen = phase == 2 or not learner.prompts_images or learner.needs_frozen_features
-            encode = (lambda images: self.frozen_features(self.to_model(images))) if frozen else None
+            encode = (lambda images: frozen_image_features(self.clip_model, self.to_model(images))) if frozen else None
             images = CachedViews(
                 images, args.cache_views, learner.prompts_images, encode, args.seed, phase, args.workers
             )
@@ -125,14 +109,11 @@ class PhaseBatches:
             else:
                 images = self.to_model(images)
                 if self.phase == 2 and images.ndim == 4:
-                    images = images, self.frozen_features(images)
+                    images = images, frozen_image_features(self.clip_model, images)
             yield images, labels
 
     def to_model(self, images):
         return model_input(images.to(self.device, non_blocking=True))
-
-    def frozen_features(self, images):
-        return frozen_image_features(self.clip_model, images)
 
 
 def make_optimizer(learner, lr, recipe="own"):

@@ -13,8 +13,8 @@ PROJECT = pathlib.Path(__file__).parents[1]
 ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run", "predict"}
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
-    "root": 951,
-    "harness": 2226,
+    "root": 953,
+    "harness": 2281,
     "baselines": 400,
     "experiments": 1519,
     "docs, examples": 520,

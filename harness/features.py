@@ -1,0 +1,94 @@
+"""Frozen CLIP's features of whole images, kept on disk: on one machine, no image is encoded twice.
+
+A file in the folder of `--cache` has the features of one list of images. Its name is a hash of all that their last
+digits depend on (`file_of`), and it begins with a hash of its content. What does not fit is encoded again.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+
+import filelock
+import safetensors.torch
+import torch
+
+import encoders
+from harness import clips, demo, image_files, images
+from harness.cli import warn
+from harness.files import atomic_write, fingerprint, make_folder
+from harness.runs import versions
+
+LIMIT = 2 * 2**30  # bytes of all files in the folder
+CODE = [pathlib.Path(module.__file__).read_text("utf-8") for module in (clips, demo, encoders, image_files, images)]
+warn_once = functools.cache(warn)
+
+
+def frozen_features(clip_model, paths, read, device, workers=0, title="images", cache=None):
+    """Frozen CLIP's features of whole images as they leave the encoder: batches [B, d] on the device, a tuple.
+
+    paths, read, workers, title: as of `images.whole_images`. cache: (settings after `machine_defaults`, the CLIP's
+    SHA-256), with which they are kept on disk; None: they are not.
+    """
+    file = file_of(*cache, clip_model, paths, read) if cache else None
+    found = load(file) if file else None
+    if found is None:
+        batches = images.whole_images(clip_model, paths, read, device, workers, title)
+        found = torch.cat([encoders.encode_images_fast(clip_model, batch) for batch in batches])
+        if file:
+            save(file, found)
+    # A copy is aligned in memory, as the encoder's result is: last digits may depend on it.
+    return found.to(device, copy=True).split(images.WHOLE)
+
+
+def file_of(args, clip_sha256, clip_model, paths, read):
+    """The file of the features of a list of images, a Path, which need not exist; None: they are not kept.
+
+    Its name tells the CLIP, the machine, the versions and the code from others. It tells image files from others by
+    path, size and times: an image that was replaced by one of the same size and with the same times is not noticed.
+    The demo's are told by path, and by the code that draws them. Any other function may read what it likes.
+    """
+    visual, from_files = clip_model.visual, isinstance(read, image_files.FolderReader)
+    if args.cache == "none" or not from_files and read is not demo.read:
+        return None
+    there = [path for path in map(read.folder.joinpath, paths) if path.is_file()] if from_files else []
+    stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, there)]
+    read_as = (os.path.realpath(read.folder), read.plain) if from_files else None
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
+    machine = args.device, gpu, platform.node(), torch.get_num_threads(), torch.__config__.show()
+    heads = [getattr(part, "num_heads", None) for part in visual.modules()]
+    model = clip_sha256, args.precision, str(visual), heads, str(images.test_transform(visual.input_resolution))
+    key = fingerprint([model, machine, versions() | {"git": None}, CODE, read_as, paths, stats])
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(args.cache or os.path.join(home, "mao"), f"{key}.features")
+
+
+def load(file):
+    """The features that `save` wrote, [N, d] on the CPU; None where they are not there, or not as they were written."""
+    try:
+        os.utime(file)  # the least recently used go first
+        content = file.read_bytes()
+    except OSError:
+        return None
+    whole = content[:64] == hashlib.sha256(content[64:]).hexdigest().encode()
+    return safetensors.torch.load(content[64:]).get(file.stem) if whole else None
+
+
+def save(file, features):
+    """Writes features [N, d], and removes the least recently used ones beyond `LIMIT`, and what killed writers left.
+
+    Warns, once, where that is not possible.
+    """
+    content = safetensors.torch.save({file.stem: features.cpu()})
+    try:
+        make_folder(file.parent)
+        with filelock.FileLock(file.parent / "lock", timeout=60):  # one process writes at a time
+            atomic_write(file, hashlib.sha256(content).hexdigest().encode() + content)
+            size = 0
+            for other in sorted(file.parent.glob("*.features*"), key=os.path.getmtime, reverse=True):
+                size += other.stat().st_size
+                if size > LIMIT or other.suffix == ".part":
+                    other.unlink()
+    except (OSError, NotImplementedError) as error:
+        warn_once(f"features are not kept in {file.parent} ({error.__cause__ or error}): give another --cache, or none")
