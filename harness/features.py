@@ -42,7 +42,7 @@ def frozen_features(clip_model, paths, read, device, workers=0, title="images", 
     return found.to(device, copy=True).split(images.WHOLE)
 
 
-def file_of(args, clip_sha256, clip_model, paths, read):
+def file_of(args, sha256, clip_model, paths, read):
     """The file of the features of a list of images, a Path, which need not exist; None: they are not kept.
 
     Its name tells the CLIP, the machine, the versions and the code from others. It tells image files from others by
@@ -58,7 +58,7 @@ def file_of(args, clip_sha256, clip_model, paths, read):
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
     machine = args.device, gpu, platform.node(), torch.get_num_threads(), torch.__config__.show()
     heads = [getattr(part, "num_heads", None) for part in visual.modules()]
-    model = clip_sha256, args.precision, str(visual), heads, str(images.test_transform(visual.input_resolution))
+    model = sha256, args.precision, torch.get_float32_matmul_precision(), str(visual), heads, visual.input_resolution
     key = fingerprint([model, machine, versions() | {"git": None}, CODE, read_as, paths, stats])
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(args.cache or os.path.join(home, "mao"), f"{key}.features")

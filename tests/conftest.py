@@ -27,6 +27,12 @@ SMALL = "--clip demo --shots 4 --epochs 4 --workers 0"
 encode_once = functools.cache(lambda names, minilm=sampler.minilm: minilm(list(names)))  # opening MiniLM takes longest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keeps the features of tests away from the user's own."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def draw(path, seed=0, **options):
     """An image of noise; its folder is made where it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)

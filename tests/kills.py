@@ -25,7 +25,7 @@ import sampler
 from harness import demo, runs
 from harness.cli import run_main
 
-SMALL = "--method mao --shots 1 --epochs 4 --workers 0"
+SMALL = "--method mao --shots 1 --epochs 4 --workers 0 --cache none"
 CHANGING = ("out", "resume", "versions", "seconds", "peak_mib")  # in files in JSON
 RUNS = [
     "--backbone promptsrc --labeler tuned",

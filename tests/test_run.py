@@ -313,6 +313,7 @@ WRONG = {
     "--protocol cross-dataset --targets demo-ice demo-sepia": "--targets has demo-sepia twice",
     "--targets demo-ice": "--targets has no effect",
     "--dataset folder": "needs --root",
+    f"--cache {__file__}": "is a file: give a folder, or none",
     "--eval a --seed 7": "--seed has no effect with --eval",
 }
 
