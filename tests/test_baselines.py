@@ -182,8 +182,8 @@ def task():
 def call(function, clip_model, task, **settings):
     """What a sampler's or a labeler's function returns."""
     args = {"anchors": 2, "top_k": 3, "seed": 1, "workers": 0, "unlabeled_shots": 2, "device": "cpu"} | settings
-    args |= {"cache": "none", "clip_sha256": "0"}
-    return function(types.SimpleNamespace(clip_model=clip_model), task, types.SimpleNamespace(**args))
+    args = types.SimpleNamespace(**args, cache="none", clip_sha256="0")
+    return function(types.SimpleNamespace(clip_model=clip_model), task, args)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROJECT, SMALL, lines, make_eurosat, read, refuses, succeeds, table
+from conftest import PROJECT, SMALL, draw, lines, make_eurosat, read, refuses, succeeds, table
 from PIL import Image
 
 import backbones
@@ -26,7 +26,7 @@ import predict
 import run
 from baselines import labelers
 from encoders import load_clip
-from harness import demo, images, options, runs, scores, tuning
+from harness import demo, features, images, options, runs, scores, tuning
 from harness.clips import DEMO_SHA256
 from harness.layouts import EUROSAT_NAMES
 
@@ -269,7 +269,7 @@ def test_help_is_short_and_needs_no_torch(command):
     fast = "import harness.options as o, sys; assert 'torch' not in sys.modules; o.parse(['--help-all'], 'x')"
     done = subprocess.run([sys.executable, "-c", fast], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "--no-reg-new" in done.stdout, done.stderr
-    for line, most in (("run.py --help", 16), ("run.py --help-all", 45)):
+    for line, most in (("run.py --help", 16), ("run.py --help-all", 46)):
         code, out, _ = command(line)
         shown = [line.split()[0] for line in out.splitlines() if line.startswith("  -")]
         assert code == 0 and "--dataset" in shown and len(shown) <= most
@@ -329,6 +329,53 @@ def test_views_that_memory_cannot_hold(tune, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e5))
     found = tune("--cache-views 3 --backbone maple --method backbone")
     refuses(found, "3 views of 20 images take 0 MiB; 0 MiB of memory are free: lower --cache-views")
+
+
+# What CLIP encodes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """encoded() -> how many images CLIP has encoded since it was last called."""
+    sizes, forward = [], torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda conv, x: sizes.append(len(x)) or forward(conv, x))
+    return lambda: sum(sizes.pop() for _ in range(len(sizes)))
+
+
+@pytest.mark.parametrize("backbone, counts", [("maple", [20, 40, 20, 20, 40, 0]), ("dept", [20, 0, 0, 0, 0, 0])])
+def test_how_often_test_images_are_encoded(backbone, counts, tune, command, tmp_path, encoded):
+    """10 + 10 images: by the plain row, by MAO, whose halves have their own prompts, by zero-shot CLIP; and again."""
+    *_, folder = succeeds(tune(f"--backbone {backbone} --cache none --shots 1"))
+    encoded()
+    for row, count in zip(sorted(folder.glob("eurosat-*")) * 2, counts):
+        succeeds(command("run.py --eval", row, "--cache", tmp_path / "cache"))
+        assert encoded() == count
+
+
+def test_features_on_disk_that_do_not_fit_are_encoded_again(encoded, tmp_path, monkeypatch, capsys):
+    def encode(plain=False, **given):
+        cache = options.Settings(**{"cache": str(folder), "device": "cpu", **given}), "the CLIP's SHA-256"
+        (f,) = features.frozen_features(clip_model, ["1.png"], images.FolderReader(tmp_path, plain), "cpu", cache=cache)
+        return encoded(), f.tolist()
+
+    folder, clip_model = tmp_path / "cache", load_clip("demo")[0]
+    draw(tmp_path / "1.png")
+    (_, f), (file,) = encode(), folder.glob("*.features")
+    whole, left = file.read_bytes(), file.with_name(f".{file.name}.part")
+    assert encode() == (0, f) == (0, encode(cache="none")[1])
+    monkeypatch.setattr(features, "LIMIT", 2 * len(whole))
+    assert encode(precision="bf16")[0] == encode(plain=True)[0] == 1  # of another CLIP, and read in another way
+    other, _ = sorted(folder.glob("*.features"), key=os.path.getmtime)  # two have room
+    for damaged in (b"", whole[:50], whole[:-4], whole[:-1] + b"x", other.read_bytes()):
+        file.write_bytes(damaged)
+        left.write_bytes(b"of a killed writer")
+        assert encode() == (1, f) and file.read_bytes() == whole and not left.exists()
+    draw(tmp_path / "1.png", seed=7)
+    assert encode()[0] == 1
+    monkeypatch.setattr(features, "atomic_write", mock.Mock(side_effect=OSError("a full disk")))
+    for place in (tmp_path / "1.png" / "is no folder", tmp_path / "full"):
+        assert [encode(cache=str(place))[0] for _ in range(2)] == [1, 1]
+        assert capsys.readouterr().err.count(f"features are not kept in {place}") == 1
 
 
 # What goes wrong in a run ---------------------------------------------------------------------------------------------
