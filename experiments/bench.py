@@ -11,9 +11,9 @@ Weights are random, at the sizes of ViT-B/16, as speed does not depend on them.
 
 The job runs on made images in EuroSAT's layout, with a cache folder of its own. Its counts are exact on any machine.
 
-A step's classes are the 51 base classes of Flowers102. The baseline does what the authors' releases do, with the plain
-encoders of encoders.py: it encodes all classes at all 77 positions, and encodes images anew in each step. The run
-checks our results against the baseline's.
+A step has 51 classes, as many as the base classes of Flowers102. The baseline does what the authors' releases do, with
+the plain encoders of encoders.py: it encodes all classes at all 77 positions, and encodes images anew in each step. The
+run checks our results against the baseline's.
 
 Calls are measured in turns, A B C A B C ..., and the fastest turn of each counts. A ratio is the baseline's time over
 ours, unless its name says otherwise. The spread of a ratio is how far the two fastest turns are apart; above 15% the
@@ -34,7 +34,6 @@ import contextlib
 import ctypes
 import functools
 import platform
-import statistics
 import tempfile
 import time
 from typing import Annotated, NamedTuple
@@ -44,7 +43,6 @@ import msgspec
 import numpy as np
 import psutil
 import torch
-from msgspec import Meta
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -54,19 +52,18 @@ from backbones import ZeroShot
 from baselines import BASELINES
 from encoders import encode_images, frozen_image_features
 from experiments.tables import markdown
-from harness import options, scores
+from harness import demo, options, scores
 from harness.cli import run_main
 from harness.clips import PRECISIONS, clip, in_precision
 from harness.files import atomic_write
 from harness.image_files import FolderReader
 from harness.images import Images, KeptImages, loader, train_transform
+from harness.layouts import EUROSAT_NAMES
 from harness.runs import peak_mib, restart_peak
 from mao import alterable_cross_entropy, backbone_loss, base_loss, candidates, new_loss
 from pseudolabel import PseudoLabeler
 from sampler import HardNegativeSampler
 
-FLOWERS = """pink primrose; sweet pea; tiger lily; moon orchid; bird of paradise; globe thistle; snapdragon; fire lily;
-purple coneflower; fritillary; corn poppy; artichoke; carnation; cape flower; sword lily; marigold; buttercup"""
 SIZES = {  # clip.model.CLIP's: embedding, pixels, layers, width, patch; context, vocabulary, text width, heads, layers
     "vit-b/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
     "tiny": (64, 32, 4, 64, 8, 77, 49408, 64, 1, 4),
@@ -78,9 +75,8 @@ PAPERS_THREE = [name for name in run.LEARNERS if name not in BASELINES]
 
 
 def names(count):
-    """`count` class names; 51 of them are as long, in tokens, as the 51 base classes of Flowers102."""
-    flowers = FLOWERS.replace("\n", " ").split("; ")
-    return [flowers[i % 17] + ("" if i < 17 else f" {chr(97 + i // 17 % 26)}") for i in range(count)]
+    """`count` class names: the demo's, which are nearly as long, in tokens, as those of Flowers102."""
+    return [demo.CLASSNAMES[i % 100] + (f" {i // 100}" if i > 99 else "") for i in range(count)]
 
 
 def random_clip(sizes):
@@ -185,7 +181,8 @@ class Meter:
         turns = {name: [] for name in calls}
         for _ in range(self.turns):
             for name, call in calls.items():
-                ctypes.CDLL(None).malloc_trim(0)  # gives back what the allocator kept of earlier calls
+                if self.device == "cpu":
+                    ctypes.CDLL(None).malloc_trim(0)  # gives back what the allocator kept of earlier calls
                 restart_peak()
                 before, started, by_clock = peak_mib(self.device), now(self.device), time.perf_counter()
                 call()
@@ -207,25 +204,20 @@ def difference(ours, theirs):
 
 # The job --------------------------------------------------------------------------------------------------------------
 
-PARTS = {  # functions of run.py, and which part of the job each is; {} is the row
-    "open_task": "lists",
-    "load_clip_of": "CLIP",
-    "HardNegativeSampler": "MiniLM",
-    "base_phase": "{}: base phase",
-    "new_phase": "{}: new phase",
-    "run_row": "{}: scoring",  # what is left of a row: loading test images, comparing features, files
-}
-COUNTS = ("seconds", "images", "needed", "texts")
+FUNCTIONS = ("open_task", "load_clip_of", "HardNegativeSampler", "base_phase", "new_phase", "run_row")  # of run.py
+PARTS = ("lists", "CLIP", "MiniLM", "base phase", "new phase", "scoring")  # the parts that they are, in this order
+COUNTS = ("seconds", "images encoded", "had to be", "texts encoded")
 
 
 class Job:
     """Runs run.py's command, times its parts, and counts what CLIP encodes in each: {part: Counter} in `parts`.
 
-    "images" and "texts" went through an encoder, and so many of the images "needed" to. A tuning image needs to once
-    per step for each encoder, prompted or frozen, whose features the step uses. A test image needs to once for each
-    state of the prompts that prompt it; its frozen features are needed once, and a later job finds them on the disk.
+    "had to be" is how many of the images needed an encoder. A tuning image needs one once per step, prompted or frozen,
+    or both, where the step uses both features. A test image needs one once for each state of the prompts that prompt
+    images; its frozen features are needed once, and a later job finds them on the disk. "scoring" is what the other
+    parts leave of a row: test images are loaded, features are compared, files are written.
 
-    learner: the class. tests: how many test images need to, {method: count}. imports: their seconds.
+    learner: the class. tests: how many test images have to be encoded, {method: count}. imports: their seconds.
     """
 
     def __init__(self, learner, tests, imports):
@@ -235,18 +227,18 @@ class Job:
 
     def __call__(self, arguments):
         """Runs the command; what it prints goes to stderr."""
-        wrapped = {name: self.inside(part)(getattr(run, name)) for name, part in PARTS.items()}
+        wrapped = {name: self.inside(part)(getattr(run, name)) for name, part in zip(FUNCTIONS, PARTS)}
         run_row, load, of = wrapped["run_row"], wrapped["load_clip_of"], run.PhaseBatches.of
 
         def named_row(method, *more):
-            self.row = scores.row_name(method, self.learner.__name__)
-            self.parts[f"{self.row}: test images"]["needed"] = self.tests[method]
+            self.row = scores.row_name(method, self.learner.__name__) + ": "
+            self.parts[f"{self.row}test images"]["had to be"] = self.tests[method]
             return run_row(method, *more)
 
         def counted_batches(batches, epoch):
             frozen = batches.phase == 2 or not self.learner.prompts_images or self.learner.needs_frozen_features
             for images, labels in of(batches, epoch):
-                self.parts[self.part]["needed"] += len(labels) * (self.learner.prompts_images + frozen)
+                self.parts[self.part]["had to be"] += len(labels) * (self.learner.prompts_images + frozen)
                 yield images, labels
 
         wrapped.update(run_row=named_row, load_clip_of=lambda *settings: self.watched(*load(*settings)))
@@ -265,27 +257,25 @@ class Job:
     @contextlib.contextmanager
     def inside(self, part):
         """Within it, or in a function that it decorates, the job is in this part."""
-        before = self.switch(part.format(self.row))
+        before = self.switch(self.row + part)
         yield
         self.switch(before)
 
     def watched(self, clip_model, sha256):
         """Counts what goes through both encoders of a CLIP. While a row is scored, its image side is "test images"."""
-        image_side, text_side = clip_model.visual, clip_model.transformer
+        first, end = clip_model.visual.conv1, clip_model.visual.transformer.resblocks[-1].mlp
+        text = clip_model.transformer.resblocks[-1].mlp  # of [H, w] in the fast encoder, of [77, H, w] in the plain one
 
-        def first(_, inputs):  # [B, 3, h, w]
+        def begin_images(_, inputs):  # [B, 3, h, w]
             self.before = self.switch(self.part.replace("scoring", "test images"))
-            self.parts[self.part]["images"] += len(inputs[0])
+            self.parts[self.part]["images encoded"] += len(inputs[0])
 
-        def last(*_):
+        def end_images(*_):
             self.switch(self.before)
 
-        def text(_, inputs):  # [H, w] of the fast encoder, [77, H, w] of the plain one
-            self.parts[self.part]["texts"] += inputs[0].shape[-2]
-
-        image_side.conv1.register_forward_pre_hook(first)
-        image_side.transformer.resblocks[-1].mlp.register_forward_hook(last)
-        text_side.resblocks[-1].mlp.register_forward_pre_hook(text)
+        first.register_forward_pre_hook(begin_images)
+        end.register_forward_hook(end_images)
+        text.register_forward_pre_hook(lambda _, x: self.parts[self.part].update({"texts encoded": x[0].shape[-2]}))
         return clip_model, sha256
 
 
@@ -305,10 +295,8 @@ def bench_job(backbone, sizes, device, count, imports=0.0, options=()):
             command = f"--dataset eurosat --backbone {backbone} --seed {seed}"
             with contextlib.redirect_stdout(sys.stderr):
                 job([*command.split(), *made.split(), *options])
-            yield (
-                f"run.py {command}",
-                [{"part": part, **dict.fromkeys(COUNTS, 0), **job.parts[part]} for part in job.parts],
-            )
+            rows = [{"part": part, **dict.fromkeys(COUNTS, 0), **found} for part, found in job.parts.items()]
+            yield f"run.py {command}", rows
 
 
 # The bench ------------------------------------------------------------------------------------------------------------
@@ -373,7 +361,7 @@ class Case:
         """A row of the table: what a step of a kind costs."""
         steps, seconds = self.base_steps if MAO_BASE in name else self.plain_steps, min(cost.clock)
         found = {"row": type(learner).__name__ + name, "learnable": sum(p.numel() for p in learner.parameters())}
-        found |= {"peak MiB of a step": statistics.median(cost.mib), "s per step": seconds, "spread": cost.spread}
+        found |= {"peak MiB of a step": float(np.median(cost.mib)), "s per step": seconds, "spread": cost.spread}
         return found | {"steps per epoch": steps, "s per epoch": steps * seconds}
 
 
@@ -405,23 +393,22 @@ def bench_backbone(case, half, backbone, quick, found):
     half: the case in bf16. found: gets the "rows", "ratios" and "differences".
     """
     learner, halved = case.learner(backbone), half.learner(backbone)
-    ours, in_half = case.losses(learner), half.losses(halved)
+    in_half = half.losses(halved)
     steps = {AUTHORS: (learner, lambda: baseline_loss(learner, case.images, case.labels))}
-    steps |= {name: (learner, loss) for name, loss in ours.items()}
+    steps |= {name: (learner, loss) for name, loss in case.losses(learner).items()}
     steps |= {f"{name}, bf16": (halved, in_half[name]) for name in ("", ", cached views", f"{MAO_BASE}, cached views")}
     if quick and backbone != "coop":
         steps = {name: step for name, step in steps.items() if "MAO" not in name}
-    parts = {"image side": lambda: case.image_side(learner)}
+    parts = {"image side": (learner, lambda: case.image_side(learner))}
     if backbone == "coop":
         g, few = torch.randn(51, case.f.shape[1], device=case.device), torch.arange(min(32, case.batch))
         parts |= {
-            "text, authors' way": lambda: (learner.plain_text_features() * g).sum(),
-            "text": lambda: (learner.text_features() * g).sum(),
-            "text, candidates": lambda: (learner.text_features(case.classes) * g[case.classes]).sum(),
-            "text, 32 candidates": lambda: (learner.text_features(few) * g[few]).sum(),
+            "text, authors' way": (learner, lambda: (learner.plain_text_features() * g).sum()),
+            "text": (learner, lambda: (learner.text_features() * g).sum()),
+            "text, candidates": (learner, lambda: (learner.text_features(case.classes) * g[case.classes]).sum()),
+            "text, 32 candidates": (learner, lambda: (learner.text_features(few) * g[few]).sum()),
         }
-    calls = steps | {name: (learner, part) for name, part in parts.items()}
-    calls = {name: functools.partial(gradients, *call) for name, call in calls.items()}
+    calls = {name: functools.partial(gradients, *call) for name, call in (steps | parts).items()}
     costs = case.meter({**calls, "encode": case.encode, "encode, bf16": half.encode})
     found["rows"] += [case.row(name, of_row, costs[name]) for name, (of_row, _) in steps.items()]
     measured = [(name.format(backbone), pair) for name, pair in RATIOS.items() if costs.keys() >= set(pair)]
@@ -429,14 +416,10 @@ def bench_backbone(case, half, backbone, quick, found):
     views = 51 * SHOTS * VIEWS / case.batch  # batches of them, once per phase
     for name, (step, encode, epochs, of_epoch) in PHASES.items() if backbone == "coop" else ():
         count = epochs * getattr(case, of_epoch)
-        found["ratios"][name] = ratio(
-            total((count, costs[AUTHORS])), total((count, costs[step]), (views, costs[encode]))
-        )
-    both = (gradients(learner, loss) for loss in (ours[""], steps[AUTHORS][1]))
+        cached = total((count, costs[step]), (views, costs[encode]))
+        found["ratios"][name] = ratio(total((count, costs[AUTHORS])), cached)
+    both = (gradients(*steps[way]) for way in ("", AUTHORS))
     found["differences"][f"{backbone}: loss and gradients"] = difference(*both)
-    with torch.no_grad():
-        both = learner.text_features(case.classes), learner.plain_text_features()[case.classes]
-    found["differences"][f"{backbone}: candidates' text features"] = difference(*both)
 
 
 def text_side(case, count):
@@ -457,8 +440,7 @@ def bench_table_3(case, backbone):
     if learner.new_phase_refused:
         del losses[MAO_NEW]
     calls = {name: functools.partial(gradients, learner, loss) for name, loss in losses.items()}
-    with torch.no_grad():
-        at_test = torch.no_grad()(scores.scorer(learner))
+    at_test = torch.no_grad()(torch.no_grad()(scores.scorer)(learner))
     costs = case.meter({**calls, "at test": lambda: at_test(case.images)})
     rate = case.batch / min(costs["at test"].clock)
     return [{**case.row(name, learner, costs[name]), "images/s at test": rate} for name in losses]
@@ -506,9 +488,8 @@ def show(found):
         if isinstance(part, dict):
             part = [{"": key, name: value} for key, value in part.items()]
         if isinstance(part, list):
-            print(
-                f"\n{name}\n\n" + markdown([list(part[0]), *([cell(value) for value in row.values()] for row in part)])
-            )
+            rows = [[cell(value) for value in row.values()] for row in part]
+            print(f"\n{name}\n\n{markdown([list(part[0]), *rows])}")
         else:
             print(f"\n{name}: {cell(part)}")
 
@@ -526,7 +507,7 @@ def main(arguments=None):
     parser = options.Parser("experiments.bench", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{QUICK_BATCH} images per step, MAO's rows for CoOp only")
-    turns = options.checked(Annotated[int, Meta(ge=2)])
+    turns = options.checked(Annotated[int, msgspec.Meta(ge=2)])
     add("--turns", type=turns, default=3, metavar="N", help="of each call; the fastest counts (default: 3)")
     add("--backbones", nargs="+", choices=PAPERS_THREE, help="besides coop (default: all); of --job (default: coop)")
     add("--job", action="store_true", help="the parts of run.py's job, and nothing else; --quick: a small one")
@@ -547,11 +528,8 @@ def main(arguments=None):
         found = {what: 1000 * min(cost.clock) / IMAGES for what, cost in costs.items()}
         found = {"milliseconds per image": found, "ratios": {"kept_images": ratio(costs["anew"], costs["kept"])}}
     elif args.table3:
-        case, learners = (
-            Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH),
-            tqdm(run.LEARNERS, disable=None),
-        )
-        found = {"rows": [row for backbone in learners for row in bench_table_3(case, backbone)]}
+        case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
+        found = {"rows": [row for one in tqdm(run.LEARNERS, disable=None) for row in bench_table_3(case, one)]}
     else:
         backbones = dict.fromkeys(["coop", *(args.backbones or PAPERS_THREE)])
         found = bench(args.sizes, args.device, args.quick, args.turns, backbones)

@@ -7,11 +7,15 @@ import time
 import pytest
 
 from experiments import bench
+from tests.conftest import encode_once
 
 NAMES = """text_all_classes text_candidates text_32_candidates coop_step maple_step promptsrc_step coop_step_bf16
 coop_bf16_to_fp32 promptsrc_step_cached_bf16 promptsrc_step_to_cached_step cached_views_coop cached_views_phase
 cached_views_phase_bf16 cached_views_new_phase mao_step_to_coop_step mao_new_step_to_coop_step
 mao_new_step_cached_to_coop_step coop_step_to_image_side maple_step_to_image_side promptsrc_step_to_image_side"""
+
+# A learner, the images of its three phases, and the passes over the test images of the three rows
+JOBS = [("CoOp", [40, 40, 20], [1, 0, 0]), ("MaPLe", [40, 40, 40], [1, 3, 3]), ("PromptSRC", [80, 80, 40], [1, 3, 3])]
 
 
 @pytest.fixture
@@ -27,14 +31,29 @@ def run(monkeypatch, tmp_path, capsys):
     return command
 
 
+@pytest.mark.parametrize("name, tuning, passes", JOBS)
+def test_a_job_counts_what_it_encodes(name, tuning, passes, monkeypatch):
+    monkeypatch.setattr("sampler.minilm", lambda names: encode_once(tuple(names)))
+    options = ["--shots", "2", "--epochs", "4", "--workers", "0"]
+    for (_, rows), frozen in zip(bench.bench_job(name.lower(), "tiny", "cpu", 10, options=options), (1, 0)):
+        images = {row["part"]: (row["images encoded"], row["had to be"]) for row in rows}
+        phases = [images[f"{name}{phase}"] for phase in (": base phase", " + MAO: base phase", " + MAO: new phase")]
+        assert phases == list(zip(tuning, tuning))
+        needed = [frozen, 0, 0] if name == "CoOp" else [frozen, 1, 2]  # the first of the two jobs fills the cache
+        tests = [images[f"{row}: test images"] for row in ("zero-shot CLIP", name, f"{name} + MAO")]
+        assert tests == [(30 * made, 30 * need) for made, need in zip(passes, needed)]
+        assert rows[-1]["images encoded"] == sum(tuning) + 30 * sum(passes)  # and none in another part
+        assert {row["part"]: row["texts encoded"] for row in rows}[f"{name}: base phase"] == 20 + 300 * (name[0] == "P")
+
+
 @pytest.mark.parametrize("how", [["--quick"], []])
 def test_the_bench_at_tiny_sizes(how, run):
     found, out = run(*how)
     assert set(NAMES.split()) <= set(found["ratios"]) and all(one["value"] > 0 for one in found["ratios"].values())
-    assert found["memory_1000_classes"] > 1 and len(found["differences"]) == 6
+    assert found["memory_1000_classes"] > 1 and len(found["differences"]) == 3
     assert max(found["differences"].values()) < 1e-4
-    text = {(line["backbone"], line["classes"]): line["mao"][1] for line in found["sweep"]}
-    assert text["coop", 1000] < 2 * text["coop", 50] + 2  # MiB: flat in the number of classes
+    text = {line["classes"]: line["candidates"] for line in found["MiB of the text side"]}
+    assert text[1000] < 2 * text[50] + 2  # flat in the number of classes
     assert all(name in out for name in NAMES.split()) and ("PromptSRC + MAO, new phase" in out) == (not how)
 
 
@@ -51,7 +70,7 @@ def test_turns_and_what_is_said_of_them():
 
 
 def test_the_loader(monkeypatch, run):
-    costs = bench.bench_loader(bench.Meter("cpu", 2), count=4)  # which compares the bits
+    costs = bench.bench_loader(bench.Meter("cpu", 2), count=4)
     assert costs["kept"].least < costs["anew"].least
     monkeypatch.setattr(bench, "bench_loader", lambda _: costs)
     assert "kept_images" in run("--loader")[0]["ratios"]
@@ -60,5 +79,5 @@ def test_the_loader(monkeypatch, run):
 def test_table_3_has_all_nine(run):
     rows = {row["row"]: row for row in run("--table3")[0]["rows"]}
     assert len(rows) == 3 * 9 - 1 and "CoPrompt + MAO, new phase" not in rows  # which the paper leaves out
-    assert all(row["step"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+    assert all(row["s per step"] > 0 and row["images/s at test"] > 0 for row in rows.values())
     assert rows["KgCoOp"]["learnable"] == rows["KgCoOp + MAO, base phase"]["learnable"] == 4 * 64
