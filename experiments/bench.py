@@ -82,9 +82,7 @@ def names(count):
 def random_clip(sizes):
     """A frozen CLIP of random weights, always the same. sizes: a key of SIZES."""
     torch.manual_seed(0)
-    model = clip.model.CLIP(*SIZES[sizes]).eval().requires_grad_(False)
-    torch.nn.init.constant_(model.logit_scale, np.log(100))
-    return model
+    return clip.model.CLIP(*SIZES[sizes]).eval().requires_grad_(False)
 
 
 def draw(folder, paths, size):
@@ -482,16 +480,15 @@ def impossible(ratios):
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def show(found):
-    """Prints a dict: a list of rows as a table, a dict as a table of two columns, anything else on a line."""
-    for name, part in found.items():
-        if isinstance(part, dict):
-            part = [{"": key, name: value} for key, value in part.items()]
-        if isinstance(part, list):
-            rows = [[cell(value) for value in row.values()] for row in part]
-            print(f"\n{name}\n\n{markdown([list(part[0]), *rows])}")
-        else:
-            print(f"\n{name}: {cell(part)}")
+def show(name, part):
+    """Prints a part of what was found: a list of rows or a dict as a table, anything else on a line."""
+    if isinstance(part, dict):
+        part = [{"": key, name: value} for key, value in part.items()]
+    if isinstance(part, list):
+        rows = [[cell(value) for value in row.values()] for row in part]
+        print(f"\n{name}\n\n{markdown([list(part[0]), *rows])}", flush=True)
+    else:
+        print(f"\n{name}: {cell(part)}")
 
 
 def cell(value):
@@ -521,19 +518,22 @@ def main(arguments=None):
     print(f"{here}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     if args.job:
         sizes, count = ("tiny", 270) if args.quick else (args.sizes, 2700)
-        jobs = [bench_job(one, sizes, args.device, count, imports) for one in args.backbones or ["coop"]]
-        found = {command: rows for job in jobs for command, rows in job}
+        jobs = (bench_job(one, sizes, args.device, count, imports) for one in args.backbones or ["coop"])
+        parts = (part for job in jobs for part in job)
     elif args.loader:
         costs = bench_loader(Meter("cpu", max(3, args.turns)))
-        found = {what: 1000 * min(cost.clock) / IMAGES for what, cost in costs.items()}
-        found = {"milliseconds per image": found, "ratios": {"kept_images": ratio(costs["anew"], costs["kept"])}}
+        rates = {what: IMAGES / min(cost.clock) for what, cost in costs.items()}
+        parts = [("images per second", rates), ("ratios", {"kept_images": ratio(costs["anew"], costs["kept"])})]
     elif args.table3:
         case = Case(args.sizes, args.device, Meter(args.device, args.turns), BATCH)
-        found = {"rows": [row for one in tqdm(run.LEARNERS, disable=None) for row in bench_table_3(case, one)]}
+        parts = [("rows", [row for one in tqdm(run.LEARNERS, disable=None) for row in bench_table_3(case, one)])]
     else:
         backbones = dict.fromkeys(["coop", *(args.backbones or PAPERS_THREE)])
-        found = bench(args.sizes, args.device, args.quick, args.turns, backbones)
-    show(found)
+        parts = bench(args.sizes, args.device, args.quick, args.turns, backbones).items()
+    found = {}
+    for name, part in parts:  # of jobs, one after the other
+        show(name, part)
+        found[name] = part
     wrong = impossible(found.get("ratios", {}))
     for name in wrong:
         print(f"{name} is {found['ratios'][name]}, which cannot be right: a step contains its image side; run it again")
