@@ -46,6 +46,7 @@ from harness.cli import run_main
 from harness.clips import load_clip_of
 from harness.files import Index
 from harness.folders import DEMOS
+from harness.runs import read_config
 from harness.scores import text
 from harness.tuning import machine_defaults
 
@@ -145,8 +146,8 @@ def similarity(cells):
     """
     table, columns = [["dataset", "similarity and confusion", "Base, names - random classes"]], []
     for dataset, *rows in zip(cells.datasets, *(cells.of(row) for row in QUESTIONS["negatives"][1][0])):
-        cell = cells.cells["names, reg-B", dataset, cells.seeds[0]]
-        args = machine_defaults(replace(sweep.parsed(cell)[0], workers=0))
+        _, folder = sweep.parsed(cells.cells["names, reg-B", dataset, cells.seeds[0]])
+        args = machine_defaults(replace(read_config(cells.out / folder), workers=0))
         task, (clip_model, _) = open_task(args), load_clip_of(asdict(args), args.device)
         e, off = figures.embeddings(task.base_names).numpy(), ~np.eye(len(task.base_names), dtype=bool)
         p = confusion(clip_model, task, [label for _, label, _ in task.base_train], args).numpy()

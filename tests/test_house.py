@@ -16,9 +16,9 @@ BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as peo
     "root": 953,
     "harness": 2281,
     "baselines": 400,
-    "experiments": 1519,
+    "experiments": 1520,
     "docs, examples": 520,
-    "tests": 3397,
+    "tests": 3452,
 }
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders
     "mao": set(),
