@@ -86,7 +86,7 @@ def save(file, features):
         with filelock.FileLock(file.parent / "lock", timeout=60):  # one process writes at a time
             atomic_write(file, hashlib.sha256(content).hexdigest().encode() + content)
             size = 0
-            for other in sorted(file.parent.glob("*.features*"), key=os.path.getmtime, reverse=True):
+            for other in sorted(file.parent.glob(f"*{'[0-9a-f]' * 64}.features*"), key=os.path.getmtime, reverse=True):
                 size += other.stat().st_size
                 if size > LIMIT or other.suffix == ".part":
                     other.unlink()
