@@ -4,11 +4,13 @@ A file in the folder of `--cache` has the features of one list of images. Its na
 digits depend on (`file_of`), and it begins with a hash of its content. What does not fit is encoded again.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import platform
+import sys
 
 import filelock
 import safetensors.torch
@@ -32,14 +34,33 @@ def frozen_features(clip_model, paths, read, device, workers=0, title="images", 
     SHA-256), with which they are kept on disk; None: they are not.
     """
     file = file_of(*cache, clip_model, paths, read) if cache else None
-    found = load(file) if file else None
-    if found is None:
-        batches = images.whole_images(clip_model, paths, read, device, workers, title)
-        found = torch.cat([encoders.encode_images_fast(clip_model, batch) for batch in batches])
-        if file:
-            save(file, found)
+    with lock(file):
+        found = load(file) if file else None
+        if found is None:
+            batches = images.whole_images(clip_model, paths, read, device, workers, title)
+            found = torch.cat([encoders.encode_images_fast(clip_model, batch) for batch in batches])
+            if file:
+                save(file, found)
     # A copy is aligned in memory, as the encoder's result is: last digits may depend on it.
     return found.to(device, copy=True).split(images.WHOLE)
+
+
+def lock(file):
+    """A context that one process at a time can enter for a file: the others wait while it encodes.
+
+    It does nothing where there is no file, or where the folder has no locks.
+    """
+    if file is None:
+        return contextlib.nullcontext()
+    try:
+        make_folder(file.parent)
+        one = filelock.FileLock(f"{file}.lock")
+        with contextlib.suppress(filelock.Timeout):
+            return one.acquire(timeout=1)
+        print("waiting for another process, which encodes the same images", file=sys.stderr)
+        return one.acquire()
+    except (OSError, NotImplementedError):  # `save` will say what is wrong
+        return contextlib.nullcontext()
 
 
 def file_of(args, sha256, clip_model, paths, read):

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import psutil
@@ -26,7 +27,7 @@ import predict
 import run
 from baselines import labelers
 from encoders import load_clip
-from harness import demo, features, images, options, runs, scores, tuning
+from harness import demo, features, image_files, images, options, runs, scores, tuning
 from harness.clips import DEMO_SHA256
 from harness.layouts import EUROSAT_NAMES
 
@@ -355,14 +356,19 @@ def test_how_often_test_images_are_encoded(backbone, counts, tune, command, tmp_
 def test_features_on_disk_that_do_not_fit_are_encoded_again(encoded, tmp_path, monkeypatch, capsys):
     def encode(plain=False, **given):
         cache = options.Settings(**{"cache": str(folder), "device": "cpu", **given}), "the CLIP's SHA-256"
-        (f,) = features.frozen_features(clip_model, ["1.png"], images.FolderReader(tmp_path, plain), "cpu", cache=cache)
+        read = image_files.FolderReader(tmp_path, plain)
+        (f,) = features.frozen_features(clip_model, ["1.png"], read, "cpu", cache=cache)
         return encoded(), f.tolist()
 
-    folder, clip_model = tmp_path / "cache", load_clip("demo")[0]
+    folder, clip_model, load = tmp_path / "cache", load_clip("demo")[0], features.load
     draw(tmp_path / "1.png")
     (_, f), (file,) = encode(), folder.glob("*.features")
     whole, left = file.read_bytes(), file.with_name(f".{file.name}.part")
     assert encode() == (0, f) == (0, encode(cache="none")[1])
+    slow = mock.patch.object(features, "load", lambda file: [load(file), time.sleep(0.2)][0])
+    with slow, ThreadPoolExecutor(2) as threads:  # the second one waits for the first one's
+        found = list(threads.map(lambda place: encode(cache=place), [str(tmp_path / "two")] * 2))
+    assert sum(count for count, _ in found) == 1
     monkeypatch.setattr(features, "LIMIT", 2 * len(whole))
     assert encode(precision="bf16")[0] == encode(plain=True)[0] == 1  # of another CLIP, and read in another way
     other, _ = sorted(folder.glob("*.features"), key=os.path.getmtime)  # two have room
