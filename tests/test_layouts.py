@@ -169,7 +169,7 @@ def test_an_archive_one_level_off(place, tmp_path):
 def test_a_download_that_breaks_off_leaves_nothing(name, tmp_path, monkeypatch, command):
     """What cannot be downloaded says what to get, from where, into which folder."""
     broken = mock.Mock(side_effect=ConnectionResetError("the line is dead"))
-    monkeypatch.setattr(layouts.datasets, "DTD", broken)
+    monkeypatch.setattr("torchvision.datasets.DTD", broken)
     monkeypatch.setattr(gdown, "download", broken)
     found = command(f"data.py {name} --download --root", tmp_path)
     refuses(found, f"into {tmp_path / name}", "http", "the line is dead" if name != "stanford_cars" else "")
@@ -189,7 +189,7 @@ def test_a_download_arrives_in_coops_layout(tmp_path, monkeypatch, capsys):
         found = [[path, "bdw".index(path[0]), path.split("/")[0]] for path in paths]
         pathlib.Path(output).write_text(json.dumps({"train": found, "val": [], "test": found[::5]}))
 
-    monkeypatch.setattr(layouts.datasets, "DTD", whole)
+    monkeypatch.setattr("torchvision.datasets.DTD", whole)
     monkeypatch.setattr(gdown, "download", drive)
     for refused, count in ((True, 15), (False, 30)):
         source, err = folders.open_dataset("dtd", tmp_path, download=True), capsys.readouterr().err
