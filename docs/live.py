@@ -100,7 +100,7 @@ class Run:
         self.tests = scores.TestImages(self.task, zero_shot, "cpu")
         self.results["zeroshot"] = scores.score(zero_shot, None, self.task, self.tests)
         for method in ("backbone", "mao"):
-            config = runs.row_settings(self.args, method, CoOp, self.task, self.sha256)
+            config = self.config = runs.row_settings(self.args, method, CoOp, self.task, self.sha256)
             torch.manual_seed(1)
             learner = CoOp(self.clip, self.names)
             with tempfile.TemporaryDirectory() as folder:
@@ -261,7 +261,7 @@ def pseudo_labels(live):
     labels, confidences = labeler(images.model_input(pixels))
     truth = torch.tensor(task.new_answers)  # only to be shown: training never reads it
     right = labels == truth
-    on_whole = of_whole_images(live.learner, task, live.args).argmax(dim=-1)
+    on_whole = of_whole_images(live.learner, task, live.config).argmax(dim=-1)
     share = keep("pseudo-labels right, one view each", 100 * right.float().mean())
     keep("pseudo-labels right, whole images", 100 * (on_whole == truth).float().mean())
     figure = plt.figure(figsize=(12.2, 3.8), layout="constrained")

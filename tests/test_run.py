@@ -553,4 +553,4 @@ def test_eval_warns_of_other_scores_and_finds_moved_data(finished, command, tmp_
     root = shutil.copytree(finished.root, tmp_path / "elsewhere")
     _, err = succeeds(command("run.py --eval", folder, "--root", root))
     assert f"has {result['base'] / 2:.2f} for base, and this is {result['base']:.2f}" in err
-    refuses(command("run.py --eval", folder / "config.json"), "give the folder of a run")
+    refuses(command("run.py --eval", folder / "config.json"), "is not a folder")
