@@ -127,11 +127,14 @@ def real_path(value):
 def versions():
     """Versions of Python and of the packages that matter, and the project's git revision (None outside git)."""
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    # It takes no lock, which a killed run would leave.
+    git = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        revision = ""
+        told = subprocess.check_output(git, cwd=pathlib.Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        told = ""
+    head, *changed = [line for line in told.splitlines() if line.startswith("# branch.oid") or line[0] != "#"] or [""]
+    revision = head.removeprefix("# branch.oid ") + "-dirty" * bool(changed)
     return {"python": platform.python_version(), **found, "git": revision or None}
 
 
