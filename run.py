@@ -15,7 +15,7 @@ from harness import folders, options
 from harness.cli import printable, run_main, warn
 
 if __name__ == "__main__":  # --help, wrong options and a missing folder answer here: the imports below take seconds
-    run_main("run.py", lambda: folders.look_for_dataset(options.parse(description=__doc__)))
+    run_main("run.py", lambda: folders.look_for_folders(options.parse(description=__doc__)))
 
 import copy
 import math

@@ -377,11 +377,14 @@ def warn_of_same_names(names, known=()):
 # What a run says before it works --------------------------------------------------------------------------------------
 
 
-def look_for_dataset(settings):
-    """Raises the error of a dataset's folder that is missing, before anything is imported that takes seconds.
+def look_for_folders(settings):
+    """Raises the error of a missing folder before anything is imported that takes seconds.
 
-    settings: `options.Settings`. ValueError, FileNotFoundError: as `open_dataset`.
+    settings: `options.Settings`. ValueError, FileNotFoundError: one of its folders is missing; as `open_dataset`.
     """
+    for folder in (*settings.eval, settings.unlabeled, settings.new_test):
+        if folder and not os.path.isdir(folder):
+            raise ValueError(f"{folder} is not a folder: give one that is there")
     name, root = settings.dataset, settings.root or "data"
     place = dataset_folder(name, root) if name in LAYOUTS else pathlib.Path(root)
     if not (place.is_dir() or settings.download or settings.eval or name in ("eurosat", *DEMOS)):

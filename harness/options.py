@@ -268,9 +268,6 @@ def check(settings):
     given, protocol = set(typed(settings)), settings.protocol
     if settings.eval and given - WITH_EVAL:
         raise ValueError(f"{dashed(min(given - WITH_EVAL))} has no effect with --eval: leave it out")
-    for folder in (*settings.eval, settings.unlabeled, settings.new_test):
-        if folder and not os.path.isdir(folder):
-            raise ValueError(f"{folder} is not a folder: give one that is there")
     if settings.cache and settings.cache != "none" and os.path.isfile(settings.cache):
         raise ValueError(f"--cache {settings.cache} is a file: give a folder, or none")
     if settings.dataset == "folder" and not settings.root:
