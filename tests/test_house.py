@@ -14,7 +14,7 @@ ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run",
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
     "root": 953,
-    "harness": 2299,
+    "harness": 2301,
     "baselines": 400,
     "experiments": 1520,
     "docs, examples": 520,
