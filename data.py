@@ -40,13 +40,13 @@ def few_shot(split, shots, seed):
 
 
 def describe_draw(drawn, shots, seed):
-    """One line that tells a draw from others, by the first 12 hex digits of its SHA-256 (docs/datasets.md lists some).
+    """One line that identifies a draw, by the first 12 hex digits of its SHA-256 (docs/datasets.md lists some).
 
     The hash is of path, tab, label and newline of each image in the order drawn, in UTF-8: the first two columns that
     `data.py --list train` prints. drawn: the "train" of `few_shot`, all classes, with the labels of the split.
     """
     text = "".join(f"{printable(path)}\t{label}\n" for path, label, _ in drawn)
-    return f"few-shot draw: {shots} shots, seed {seed}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"few-shot draw: {shots} shot{'s' * (shots != 1)}, seed {seed}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def halves(items):

@@ -43,7 +43,7 @@ def parse(arguments=None):
         parser.error("nothing to do: give an image, a folder or --export FILE, and --run DIR or --prompt FILE")
     if (args.run and args.classes) or (args.prompt and args.candidates):
         parser.error("--candidates belongs to --run, and --classes to --prompt: leave one out")
-    for place in args.images:
+    for place in (*args.images, *([pathlib.Path(args.run)] if args.run else [])):
         if not place.exists():
             parser.error(f"there is no image or folder {place}: give one")
     for option, path in (("--out", args.images and args.out), ("--export", args.export)):
@@ -55,7 +55,7 @@ def parse(arguments=None):
 
 
 if __name__ == "__main__":
-    parse()  # --help, wrong options and missing images answer here: the imports below take seconds
+    run_main("predict.py", lambda: parse() and None)  # wrong options are handled here: the imports below take seconds
 
 import csv
 import io

@@ -14,7 +14,7 @@ Each row of the table leaves its prompts and scores in a folder under --out.
 from harness import folders, options
 from harness.cli import printable, run_main, warn
 
-if __name__ == "__main__":  # --help, wrong options and a missing folder answer here: the imports below take seconds
+if __name__ == "__main__":  # wrong options and missing folders are handled here: the imports below take seconds
     run_main("run.py", lambda: folders.look_for_folders(options.parse(description=__doc__)))
 
 import copy

@@ -242,7 +242,8 @@ class Job:
         wrapped.update(run_row=named_row, load_clip_of=lambda *settings: self.watched(*load(*settings)))
         with mock.patch.multiple(run, **wrapped), mock.patch.object(run.PhaseBatches, "of", counted_batches):
             run.main(arguments)
-        self.parts[self.switch("")] = self.parts.pop("everything else")  # the last row, before the total
+        last = self.switch("")
+        self.parts[last] = self.parts.pop(last)  # the last row, before the total
         self.parts["total"] = sum(self.parts.values(), collections.Counter())
 
     def switch(self, part):

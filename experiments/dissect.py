@@ -6,21 +6,21 @@
 
 The paper bundles hard negatives with reg-B, and compares the bundle with a backbone that takes a quarter of its steps
 at a lower learning rate. Here two rows differ in one thing. All rows draw from 32 cached views of each image
-(docs/speed.md). Base and New are those of the prompts after phase 1, but for the rows that say "new phase".
+(docs/speed.md). Base and New are those of the prompts after phase 1, except in the rows that say "new phase".
 
 Hypotheses, stated before the runs:
 
-    bundle      MAO's base phase is ahead of the backbone in Base by its steps: with as many, it is not.
+    bundle      MAO's base phase is ahead of the backbone in Base because of its steps: with as many, it is not.
     negatives   Hard negatives by names do not raise Base or New over random classes.
     candidates  reg-B raises New, and Base where the batches are hard.
     schedule    More steps and a higher rate raise Base and lower New.
     chosen      Neighbors that frozen CLIP chooses do no better than neighbors by names.
-    phase 2     After the new phase, rows differ no more in New.
+    phase 2     After the new phase, rows no longer differ in New.
     hardness    Base falls as K grows with hard negatives, and does not with random classes.
     similarity  Where similar names mean similar images (to frozen CLIP), hard negatives help more.
 
 A pair is one dataset and seed. A difference is the mean over pairs, with its standard error and the number of pairs of
-its sign. Below two standard errors it is called none.
+its sign. Below two standard errors it is reported as none.
 """
 
 import pathlib
@@ -28,8 +28,6 @@ import sys
 
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).parents[1])  # as a file, too, it imports from the project's folder
-
-import statistics
 
 import numpy as np
 from msgspec.structs import asdict, replace
@@ -148,10 +146,11 @@ def similarity(cells):
     for dataset, *rows in zip(cells.datasets, *(cells.of(row) for row in QUESTIONS["negatives"][1][0])):
         _, folder = sweep.parsed(cells.cells["names, reg-B", dataset, cells.seeds[0]])
         args = machine_defaults(replace(read_config(cells.out / folder), workers=0))
-        task, (clip_model, _) = open_task(args), load_clip_of(asdict(args), args.device)
+        task, (clip_model, sha256) = open_task(args), load_clip_of(asdict(args), args.device)
         e, off = figures.embeddings(task.base_names).numpy(), ~np.eye(len(task.base_names), dtype=bool)
-        p = confusion(clip_model, task, [label for _, label, _ in task.base_train], args).numpy()
-        gain = statistics.mean(one["base"] - other["base"] for one, other in zip(*rows))
+        labels, args = [label for _, label, _ in task.base_train], replace(args, clip_sha256=sha256)
+        p = confusion(clip_model, task, labels, args).numpy()
+        gain = np.mean([one["base"] - other["base"] for one, other in zip(*rows)])
         columns.append((spearmanr((e @ e.T)[off], p[off]).statistic, gain))
         table.append([dataset, f"{columns[-1][0]:.2f}", f"{gain:+.2f}"])
     found = spearmanr(*zip(*columns)) if columns[2:] else None
@@ -165,9 +164,8 @@ def forest(contrasts):
     for axis, score in zip(axes, ("Base", "New")):
         for line, (cells, pair) in zip(lines, contrasts):
             mean, error, *_ = difference(cells, *pair, score)
-            axis.errorbar(
-                mean, line, xerr=2 * error, fmt="o", capsize=3, color="C0" if abs(mean) > 2 * error else "0.6"
-            )
+            color = "C0" if abs(mean) > 2 * error else "0.6"
+            axis.errorbar(mean, line, xerr=2 * error, fmt="o", capsize=3, color=color)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set(title=f"{score}, difference in points", yticks=lines, yticklabels=[], ylim=(len(lines) - 0.5, -0.5))
     axes[0].set_yticklabels([" minus ".join(pair) for _, pair in contrasts])
@@ -193,9 +191,7 @@ def main(arguments=None):
         contrasts += [(cells, pair) for pair in pairs]
         print(f"### {question}\n\n{tables(cells, pairs)}\n")
         if name == "negatives":
-            print(
-                f"### Do similar names mean similar images, and do hard negatives help there?\n\n{similarity(cells)}\n"
-            )
+            print(f"### Do similar names mean similar images, and does that help?\n\n{similarity(cells)}\n")
     if args.figure:
         figures.save(forest(contrasts), args.figure)
 

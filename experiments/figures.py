@@ -178,9 +178,7 @@ def batch_in_plane(dataset, root=None):
     names, b, k = np.array(batches.task.base_names), batches.b, batches.k
     e = embeddings(names)  # [C_b, 384]
     plane = (e @ torch.linalg.svd(e - e.mean(dim=0), full_matrices=False).Vh[:2].T).numpy()  # [C_b, 2]
-    below = (
-        f"{dataset}, seed 1. Gray: all base classes. Colored: the anchors, with lines to their K - 1 hard negatives."
-    )
+    below = f"{dataset}, seed 1. Gray: all base classes. Colored: the anchors, with lines to their hard negatives."
     figure, axes = canvas(2, below, 11, 5.5)
     for axis in axes:
         axis.set(xticks=[], yticks=[])

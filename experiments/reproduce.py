@@ -387,9 +387,7 @@ def make(names, out, args, failed):
                 files.append(f"{figure}.png")
             except (ValueError, OSError) as error:  # a dataset or matplotlib is missing: the rest is made
                 cause, missing, _ = str(error).partition(": add --download")  # run.py's option, not this command's
-                get = (
-                    f": python data.py {of_figure[0]} --root {args.root or 'data'} --download; --demo needs no dataset"
-                )
+                get = f": python data.py {of_figure[0]} --root {args.root or 'data'} --download, or give --demo"
                 warn(f"{figure}.png is left out: {cause}{missing and get}")
                 left_out += 1
     if all_lines:

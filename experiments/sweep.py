@@ -30,6 +30,7 @@ from harness.runs import folder_name, read_config, read_result, real_path, run_l
 ATTEMPTS = ".attempts"  # the folder of the cells that are being tuned
 ANSWER = 10  # seconds that a cluster has to answer
 RETRIES = 3  # of a cell whose worker or node was lost
+ALONE = ("--cache", "none")  # of a cell whose memory counts: it encodes its test images itself
 STORE = 80 * 2**20  # bytes of Ray's object store, which holds nothing but words here
 
 
@@ -58,8 +59,10 @@ def finished(cell, out):
     return result
 
 
-def attempt(cell, out, threads, device):
+def attempt(cell, out, threads, device, *more):
     """Runs a cell and moves it into its place in `out`. threads: of PyTorch; the last bits depend on them.
+
+    more: of run.py's options, such as `ALONE`.
 
     Returns (why it failed, a sentence, or None; its warnings, lines). It raises nothing but KeyboardInterrupt.
     """
@@ -70,7 +73,7 @@ def attempt(cell, out, threads, device):
         adopt(name, out, scratch)
         workers = "0" if settings.dataset.startswith("demo") else str(threads)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
-            machine = ["--threads", str(threads), "--workers", workers, "--device", device]
+            machine = ["--threads", str(threads), "--workers", workers, "--device", device, *more]
             run.main([*cell, *machine, "--out", str(scratch), "--resume"])
         with contextlib.suppress(OSError):  # it is there: another attempt came first
             os.rename(scratch / name, out / name)
@@ -138,7 +141,7 @@ def serially(cells, out, threads, device, own=()):
             continue
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             try:
-                outcome = process.submit(attempt, cell, out, threads, device).result()
+                outcome = process.submit(attempt, cell, out, threads, device, *ALONE).result()
             except BrokenProcessPool:
                 outcome = "its process was killed: perhaps there is no memory left", []
         yield cell, *outcome
@@ -164,8 +167,8 @@ def on_ray(cells, out, threads, device, own=(), gpus=0.0, mib=None, address=None
         warm, fresh = ray.remote(**resources)(attempt), ray.remote(max_calls=1, **resources)(attempt)
         waiting = {}
         for cell in cells:
-            task = fresh if cell in own else warm
-            waiting[task.remote(cell, out.resolve(), threads, device)] = cell
+            task, more = (fresh, ALONE) if cell in own else (warm, ())
+            waiting[task.remote(cell, out.resolve(), threads, device, *more)] = cell
         while waiting:
             for reference in ray.wait(list(waiting))[0]:
                 cell = waiting.pop(reference)
@@ -199,6 +202,5 @@ def ask(address):
         code = f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='ERROR')"
         subprocess.run([sys.executable, "-c", code], timeout=ANSWER, check=True, capture_output=True)
     except (OSError, ValueError, OverflowError, subprocess.SubprocessError) as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address}: start one with `ray start --head`, or leave out --address"
-        ) from error
+        answer = f"no Ray cluster answers at {address}"
+        raise ValueError(f"{answer}: start one with `ray start --head`, or leave out --address") from error

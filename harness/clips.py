@@ -213,9 +213,7 @@ def open_by_package(name, path):
             return clip.load(name, device="cpu")[0].state_dict(), OPENAI
     except Exception as error:  # each package raises its own
         unwritable = getattr(error, "filename", None)  # such as in a home that is to be read alone
-        remedy = (
-            "set HOME to a writable folder" if unwritable else "connect to the network, pip install open_clip_torch"
-        )
+        remedy = "set a writable HOME" if unwritable else "connect to the network, pip install open_clip_torch"
         why = f"({' '.join(str(error).split())[:300]}): {remedy}"
         raise FileNotFoundError(f"there is no CLIP '{name}' that can be opened {why}, or give another") from error
     model = build(name, theirs.float().eval().state_dict(), *known)
@@ -265,7 +263,7 @@ def build(name, weights, image_side, text_side):
     except Exception as error:  # of every kind, on what is no CLIP
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rpartition("\n")[2].strip()
         raise ValueError(
-            f"CLIP {name} cannot be opened ({reason[:300]}): give one with a ViT or ResNet of OpenAI's"
+            f"CLIP {name} cannot be opened ({reason[:300]}): give a ViT or ResNet like OpenAI's"
         ) from error
     return model.eval().requires_grad_(False)
 

@@ -1,7 +1,7 @@
-"""Frozen CLIP's features of whole images, kept on disk: on one machine, no image is encoded twice.
+"""Frozen CLIP's features of whole images, kept on disk, so that runs do not encode the same images again.
 
-A file in the folder of `--cache` has the features of one list of images. Its name is a hash of all that their last
-digits depend on (`file_of`), and it begins with a hash of its content. What does not fit is encoded again.
+A file in the folder of `--cache` has the features of one list of images. Its name is a hash (`file_of`), and it begins
+with a hash of its content. A file that does not match is ignored.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from harness.files import atomic_write, fingerprint, make_folder
 from harness.runs import versions
 
 LIMIT = 2 * 2**30  # bytes of all files in the folder
-CODE = [pathlib.Path(module.__file__).read_text("utf-8") for module in (clips, demo, encoders, image_files, images)]
+CODE = [*(module.__file__ for module in (clips, demo, encoders, image_files, images)), __file__]
+CODE = [pathlib.Path(file).read_text("utf-8") for file in CODE]
 warn_once = functools.cache(warn)
 
 
@@ -34,7 +35,7 @@ def frozen_features(clip_model, paths, read, device, workers=0, title="images", 
     SHA-256), with which they are kept on disk; None: they are not.
     """
     file = file_of(*cache, clip_model, paths, read) if cache else None
-    with lock(file):
+    with lock(file) if file else contextlib.nullcontext():
         found = load(file) if file else None
         if found is None:
             batches = images.whole_images(clip_model, paths, read, device, workers, title)
@@ -48,16 +49,14 @@ def frozen_features(clip_model, paths, read, device, workers=0, title="images", 
 def lock(file):
     """A context that one process at a time can enter for a file: the others wait while it encodes.
 
-    It does nothing where there is no file, or where the folder has no locks.
+    It does nothing where the folder has no locks.
     """
-    if file is None:
-        return contextlib.nullcontext()
     try:
         make_folder(file.parent)
-        one = filelock.FileLock(f"{file}.lock")
+        one = filelock.FileLock(file.with_suffix(".lock"))
         with contextlib.suppress(filelock.Timeout):
             return one.acquire(timeout=1)
-        print("waiting for another process, which encodes the same images", file=sys.stderr)
+        print("waiting for a process that is encoding the same images; --cache none does not wait", file=sys.stderr)
         return one.acquire()
     except (OSError, NotImplementedError):  # `save` will say what is wrong
         return contextlib.nullcontext()
@@ -66,9 +65,8 @@ def lock(file):
 def file_of(args, sha256, clip_model, paths, read):
     """The file of the features of a list of images, a Path, which need not exist; None: they are not kept.
 
-    Its name tells the CLIP, the machine, the versions and the code from others. It tells image files from others by
-    path, size and times: an image that was replaced by one of the same size and with the same times is not noticed.
-    The demo's are told by path, and by the code that draws them. Any other function may read what it likes.
+    Its name hashes the CLIP, the machine, versions and code. Image files are identified by path, size and times, demo
+    images by path. Images that any other function reads are not kept.
     """
     visual, from_files = clip_model.visual, isinstance(read, image_files.FolderReader)
     if args.cache == "none" or not from_files and read is not demo.read:
@@ -87,8 +85,9 @@ def file_of(args, sha256, clip_model, paths, read):
 
 def load(file):
     """The features that `save` wrote, [N, d] on the CPU; None where they are not there, or not as they were written."""
-    try:
+    with contextlib.suppress(OSError):
         os.utime(file)  # the least recently used go first
+    try:
         content = file.read_bytes()
     except OSError:
         return None
@@ -112,4 +111,5 @@ def save(file, features):
                 if size > LIMIT or other.suffix == ".part":
                     other.unlink()
     except (OSError, NotImplementedError) as error:
-        warn_once(f"features are not kept in {file.parent} ({error.__cause__ or error}): give another --cache, or none")
+        why = getattr(error, "strerror", None) or error.__cause__ or error  # without the file's name: it is said once
+        warn_once(f"features are not kept in {file.parent} ({why}): give another --cache, or none")

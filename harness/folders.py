@@ -64,9 +64,7 @@ def open_dataset(name, root="data", download=False, names=None, template=None, k
     template = "a photo of a {}." if template is None else template
     words = template.replace("{}", "", 1)
     if words == template or not words.strip() or "{" in words or "}" in words:
-        raise ValueError(
-            f"--template '{template}' needs {{}} once, where the name goes, words around it, and no other braces"
-        )
+        raise ValueError(f"--template '{template}' needs {{}} once, for the name, words around it, and no other braces")
     root = pathlib.Path(root)
     if name in DEMOS:
         domain = full_name(name).removeprefix("demo-")
@@ -162,7 +160,7 @@ def folder_split(root, renamed=None):
     rule, split["train"] = ("", []) if several else labeled_by_table(root, place, renamed)
     if rule and parts:
         raise ValueError(
-            f"{place} has parts and a table of labels, {rule}: give class folders in each part, or no parts"
+            f"{place} has parts and a table of labels, {rule}: give class folders in each part or no parts"
         )
     if not rule and not parts:
         refuse_unknown_parts(classes)
@@ -198,9 +196,7 @@ def refuse_unknown_parts(classes):
         shared = max((names & others for other, others in inner.items() if other != path), key=len, default=set())
         if len(names & beside) > 1 or len(shared) > 2:
             told = ", ".join(sorted(shared | names & beside)[:3])
-            raise ValueError(
-                f"{path} seems to be a part, for others have its folders {told}: call the parts train and test"
-            )
+            raise ValueError(f"{path} seems to be a part, as others have {told} too: call the parts train and test")
 
 
 def named_folders(root, folder, renamed):
@@ -246,12 +242,9 @@ def labeled_by_table(root, place, renamed):
     header = int(files[0] is None)
     known = [column for name in LABEL_COLUMNS for column in columns if header and column[0].lower() == name]
     if len(tables) > 1 or not known and len(columns) != 1:
-        raise ValueError(
-            f"{table} is not the only table there, or has no column 'label': leave one, with such a column"
-        )
-    pairs = sorted(
-        {(name, image) for image, name in zip(files[header:], (known or columns)[0][header:]) if image and name}
-    )
+        raise ValueError(f"{table} is not the only table there, or has no column 'label': leave one with such a column")
+    labeled = zip(files[header:], (known or columns)[0][header:])
+    pairs = sorted({(name, image) for image, name in labeled if image and name})
     if len(pairs) > len({image for _, image in pairs}):
         raise ValueError(f"{table} gives an image two classes: give each image one")
     lost, unlabeled = files[header:].count(None), len(paths) - len(pairs)
@@ -261,9 +254,8 @@ def labeled_by_table(root, place, renamed):
         warn(f"{table}: {lost} of its lines name no image, and {unlabeled} images have no label: left out")
     start = (place / ".").relative_to(root)
     column = f", column {known[0][0]}" if known else ""
-    return table.name + column, [
-        [(start / path).as_posix(), 0, (renamed or {}).get(name, name)] for name, path in pairs
-    ]
+    names = renamed or {}
+    return table.name + column, [[(start / path).as_posix(), 0, names.get(name, name)] for name, path in pairs]
 
 
 def labeled_folder(folder, names, where):
@@ -382,12 +374,14 @@ def look_for_folders(settings):
 
     settings: `options.Settings`. ValueError, FileNotFoundError: one of its folders is missing; as `open_dataset`.
     """
-    for folder in (*settings.eval, settings.unlabeled, settings.new_test):
+    given = [("--eval", folder) for folder in settings.eval]
+    for option, folder in (*given, ("--unlabeled", settings.unlabeled), ("--new-test", settings.new_test)):
         if folder and not os.path.isdir(folder):
-            raise ValueError(f"{folder} is not a folder: give one that is there")
+            raise ValueError(f"{option} {folder} is not a folder: give one that is there")
     name, root = settings.dataset, settings.root or "data"
     place = dataset_folder(name, root) if name in LAYOUTS else pathlib.Path(root)
-    if not (place.is_dir() or settings.download or settings.eval or name in ("eurosat", *DEMOS)):
+    there = place.is_dir() or settings.download or settings.eval or name == "eurosat"
+    if name not in DATASETS or not there and name not in DEMOS:
         open_dataset(name, root, names=settings.names, template=settings.template)
 
 

@@ -140,8 +140,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     MACHINE) = None
     threads: option(Threads | None, "of PyTorch on a CPU; the last digits depend on it (default: one per core; demo: "
                     "1)", MACHINE) = None
-    cache: option(Name | None, "folder of frozen CLIP's features of test images, so that no run encodes them again; "
-                  "none: no such folder (default: ~/.cache/mao)", MACHINE) = None
+    cache: option(Name | None, "folder that keeps frozen CLIP's image features, so that no run encodes them again; "
+                  "none: keep nothing (default: ~/.cache/mao)", MACHINE) = None
     out: option(Name, "each row leaves a folder there", COMMON, MACHINE) = "runs"
     resume: option(bool, "continue a stopped run of the same settings, bit-identically", COMMON, MACHINE) = False
     force: option(bool, "tune again what is finished, or start a stopped run over", MACHINE) = False

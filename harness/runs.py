@@ -11,6 +11,7 @@ Every file is written beside its place and then renamed, so none is ever half-wr
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -124,10 +125,11 @@ def real_path(value):
     return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
+@functools.cache
 def versions():
     """Versions of Python and of the packages that matter, and the project's git revision (None outside git)."""
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
-    # It takes no lock, which a killed run would leave.
+    # `git describe --dirty` locks the index, and a killed run would leave the lock.
     git = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         told = subprocess.check_output(git, cwd=pathlib.Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
@@ -220,11 +222,9 @@ class Record:
         """
         there, here = (msgspec.to_builtins(one) for one in (read_config(folder), self.config))
         differing = {name for name in here if real_path(there[name]) != real_path(here[name])}
-        others = sorted(differing - MACHINE_SETTINGS - {"versions"})
+        others = ", ".join(sorted(differing - MACHINE_SETTINGS - {"versions"}))
         if others:
-            raise ValueError(
-                f"{folder} holds a {kind} run of another {', '.join(others)}: give another --out, or move it"
-            )
+            raise ValueError(f"{folder} holds a {kind} run of another {others}: give another --out, or move it")
         bits = sorted(differing & {"device", "threads", "versions"})
         if kind == "stopped" and bits:
             warn(f"the stopped run had another {', '.join(bits)}: it may not continue bit-identically")

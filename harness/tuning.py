@@ -84,12 +84,10 @@ class PhaseBatches:
         randaugment = args.recipe == "own" and learner.recipe.get("augmentation") == "randaugment"
         transform = augmentation(self.clip_model.visual.input_resolution, task.crop_scale, randaugment, learner.views)
         images = Images(paths, KeptImages(read, paths, args.workers), transform, labels)
-        if args.cache_views:
+        if views := args.cache_views:
             frozen = phase == 2 or not learner.prompts_images or learner.needs_frozen_features
             encode = (lambda images: frozen_image_features(self.clip_model, self.to_model(images))) if frozen else None
-            images = CachedViews(
-                images, args.cache_views, learner.prompts_images, encode, args.seed, phase, args.workers
-            )
+            images = CachedViews(images, views, learner.prompts_images, encode, args.seed, phase, args.workers)
         self.loader = training_loader(images, sampler, args.seed, phase, args.workers, self.device.startswith("cuda"))
 
     def __len__(self):

@@ -135,9 +135,10 @@ def of_runs(folder):
     for number, name in enumerate(NAMES * 4):
         draw(folder / "photos" / name / f"{number}.png", number)
     ask = f"--dataset folder --root {folder / 'photos'} --clip demo --shots 1 --epochs 2 --method mao --workers 0"
-    quietly(run.main, [*ask.split(), "--out", str(folder)])
+    ask = ["--cache", "none", *ask.split()]
+    quietly(run.main, [*ask, "--out", str(folder)])
     with mock.patch.object(scores, "score", side_effect=OSError("stopped")), contextlib.suppress(OSError):
-        quietly(run.main, [*ask.split(), "--seed", "2", "--out", str(folder)])
+        quietly(run.main, [*ask, "--seed", "2", "--out", str(folder)])
     (done,), (stopped,) = folder.glob("folder*seed1*"), folder.glob("folder*seed2*")
     again = functools.partial(run.score_again, done, options.Settings(eval=(str(done),)))
     load = functools.partial(predict.load_learners, [(done / "new.safetensors", ["ant", "bee"])])

@@ -101,16 +101,6 @@ def renew():
         document.write_text(LINE_LINK.sub(renewed, document.read_text()))
 
 
-def test_renew_fixes_lines_and_reports_lost_names(tmp_path, monkeypatch, capsys):
-    (tmp_path / "code.py").write_text("LIMIT = 1\n\n\nclass Settings:\n    the_lid: int = 2\n")
-    document = tmp_path / "page.md"
-    document.write_text("[`LIMIT`](code.py#L9) [`--the-lid`](code.py#L9) [`gone`](code.py#L9)")
-    monkeypatch.setattr(sys.modules[__name__], "DOCUMENTS", [document])
-    renew()
-    assert [int(line) for _, _, line in LINE_LINK.findall(document.read_text())] == [1, 5, 9]
-    assert "code.py does not define `gone`" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("path", sorted((PROJECT / "assets").glob("*.png")), ids=lambda path: path.name)
 def test_images_show_something(path):
     assert not is_empty(path.read_bytes())

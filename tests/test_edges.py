@@ -18,7 +18,9 @@ PRINT = "from harness.cli import run_main; run_main('x.py', lambda: print('line\
 
 
 @pytest.mark.parametrize("option", ["--help", "--wrong", ""])
-@pytest.mark.parametrize("line", ["run.py --dataset folder --root x", "data.py dtd --root x", "predict.py x --run x"])
+@pytest.mark.parametrize(
+    "line", ["run.py --dataset folder --root x", "data.py dtd --root x", "predict.py run.py --run x"]
+)
 def test_help_a_wrong_option_and_a_missing_folder_are_answered_without_pytorch(line, option):
     ask = [sys.executable, "-X", "importtime", *line.split(), *option.split()]
     done = subprocess.run(ask, cwd=PROJECT, capture_output=True, text=True)

@@ -14,11 +14,11 @@ ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run",
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
     "root": 953,
-    "harness": 2301,
+    "harness": 2292,
     "baselines": 400,
-    "experiments": 1520,
+    "experiments": 1514,
     "docs, examples": 520,
-    "tests": 3460,
+    "tests": 3428,
 }
 MAY_IMPORT = {  # project modules and folders; a module of the root first, then the folders
     "mao": set(),

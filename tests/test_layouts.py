@@ -56,9 +56,8 @@ def coops_split(images, split):
         for part in ("train", "val", "test"):
             names = {f"{part}/{name}": name for name in ("alpine sea", "b_c", "Zebra")}
             lists[part] = class_folders(folder / images, names, [f"{number}.jpg" for number in range(7)])["all"]
-        (folder / f"split_zhou_{split}.json").write_text(
-            json.dumps({part: items(groups) for part, groups in lists.items()})
-        )
+        content = {part: items(groups) for part, groups in lists.items()}
+        (folder / f"split_zhou_{split}.json").write_text(json.dumps(content))
         return lists
 
     return make

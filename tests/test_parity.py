@@ -94,14 +94,6 @@ def test_logits(case):
         close(learner(images), figures.get("test_logits", figures["logits"]))
 
 
-def test_candidates_are_rows_of_all_classes(case):
-    """Encoding H classes gives what encoding all and slicing does. [H, d]; CoCoOp [B, H, d]; ProDA [P, H, d]."""
-    _, _, learner, images, _ = case
-    learner.image_features(images)
-    classes = torch.tensor([5, 0, 3])
-    close(learner.text_features(classes), learner.text_features()[..., classes, :].detach().numpy(), 1e-12)
-
-
 def cross_entropy(learner, images, labels, alterable):
     classes, targets = candidates(labels) if alterable else (None, labels)
     features = learner.image_features(images), learner.text_features(classes)

@@ -152,25 +152,13 @@ def test_dissect(monkeypatch, tmp_path, capsys):
     def run_cells(cells, out):
         for cell in cells:
             settings, noise = sweep.parsed(cell)[0], 3.0 * (cell[1] == "demo-dusk")  # of the dataset: it leaves no pair
-            base, new = (
-                (82.0, 40.0 + 20 * settings.seed) if settings.sampler == "hard" else (84.0 - settings.seed, 70.0)
-            )
+            hard, other = (82.0, 40.0 + 20 * settings.seed), (84.0 - settings.seed, 70.0)
+            base, new = hard if settings.sampler == "hard" else other
             pretend(out, cell, base + noise, new, ece={"base": 1.5, "new": 20.0, "one_list": 12.5})
 
     monkeypatch.setattr(sweep, "run_cells", run_cells)
-    words = [
-        "--datasets",
-        "demo-plain",
-        "demo-dusk",
-        "--seeds",
-        1,
-        2,
-        "--out",
-        tmp_path,
-        "--figure",
-        tmp_path / "f.png",
-    ]
-    arguments(monkeypatch, "--questions", "negatives", "phase 2", *words, "--", "--shots", 2, of=dissect.main)
+    where = f"--datasets demo-plain demo-dusk --seeds 1 2 --out {tmp_path} --figure {tmp_path}/f.png -- --shots 2"
+    arguments(monkeypatch, "--questions", "negatives", "phase 2", *where.split(), of=dissect.main)
     told = " ".join(capsys.readouterr().out.split())
     # Base differs by -1 and 0, New by -10 and 10: errors of sqrt(1/3)/2 times 1 or 20. "phase 2" has seed 1 alone.
     assert "| names, reg-B - random classes, reg-B | -0.50 ± 0.29, 2 of 4, none | +0.00 ± 5.77, 0 of 4, none |" in told

@@ -191,9 +191,8 @@ def test_variants_learn_from_no_label_that_nobody_may_read(variant, tune, comman
 
     states, losses, config, printed, folder = left("before")
     phases = ["base"] * (4 if "no-base" in variant else 2) + ["new"] * (0 if "no-new" in variant else 2)
-    base = (
-        (5, 5) if "no-base" in variant or "no-reg-base" in variant else (2, 5 if variant == "--sampler random" else 4)
-    )
+    base = (2, 5 if variant == "--sampler random" else 4)
+    base = (5, 5) if "no-base" in variant or "no-reg-base" in variant else base
     for phase, line in zip(phases, lines(only(folder)), strict=True):
         low, high = base if phase == "base" else (10, 10) if variant == "--no-reg-new" else (5, 5)
         assert line["phase"] == phase and low <= line["candidates"] <= high
@@ -266,14 +265,11 @@ def test_names_of_folders():
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_short_and_needs_no_torch(command):
-    fast = "import harness.options as o, sys; assert 'torch' not in sys.modules; o.parse(['--help-all'], 'x')"
-    done = subprocess.run([sys.executable, "-c", fast], cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--no-reg-new" in done.stdout, done.stderr
+def test_help_is_short(command):
     for line, most in (("run.py --help", 16), ("run.py --help-all", 46)):
         code, out, _ = command(line)
         shown = [line.split()[0] for line in out.splitlines() if line.startswith("  -")]
-        assert code == 0 and "--dataset" in shown and len(shown) <= most
+        assert code == 0 and "--dataset" in shown and most - 4 <= len(shown) <= most
     for setting, known in {"backbone": run.LEARNERS, "sampler": run.SAMPLERS, "labeler": run.LABELERS}.items():
         assert set(known) <= set(re.findall(r"[\w-]+", options.FIELDS[setting].__metadata__[-1].description))
 
