@@ -46,7 +46,8 @@ def describe_draw(drawn, shots, seed):
     `data.py --list train` prints. drawn: the "train" of `few_shot`, all classes, with the labels of the split.
     """
     text = "".join(f"{printable(path)}\t{label}\n" for path, label, _ in drawn)
-    return f"few-shot draw: {shots} shot{'s' * (shots != 1)}, seed {seed}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    digits = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"few-shot draw: {shots} shot{'s' * (shots != 1)}, seed {seed}, SHA-256 {digits}"
 
 
 def halves(items):

@@ -13,7 +13,7 @@ PROJECT = pathlib.Path(__file__).parents[1]
 ROOT = {"mao", "sampler", "pseudolabel", "encoders", "backbones", "data", "run", "predict"}
 FOLDERS = {"harness", "baselines", "experiments", "docs", "examples", "tests"}
 BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as people have them take the rest
-    "root": 953,
+    "root": 954,
     "harness": 2292,
     "baselines": 400,
     "experiments": 1514,
