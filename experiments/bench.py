@@ -1,4 +1,4 @@
-"""What tuning costs: of run.py's whole job its parts, and of a step the columns of Table 3, compared with a baseline.
+"""What tuning costs: the parts of run.py's whole job, and Table 3's columns for a step, compared with a baseline.
 
     python -m experiments.bench --job --quick       what the job encodes, counted on a small one: a minute
     python -m experiments.bench --job               `run.py --dataset eurosat --backbone coop`, seeds 1 and 2: hours
@@ -9,7 +9,7 @@
 
 Weights are random, at the sizes of ViT-B/16, as speed does not depend on them.
 
-The job runs on made images in EuroSAT's layout, with a cache folder of its own. Its counts are exact on any machine.
+The job runs on generated images in EuroSAT's layout, with a cache folder of its own. Its counts are exact on any machine.
 
 A step has 51 classes, as many as the base classes of Flowers102. The baseline does what the authors' releases do, with
 the plain encoders of encoders.py: it encodes all classes at all 77 positions, and encodes images anew in each step. The
@@ -204,13 +204,13 @@ def difference(ours, theirs):
 
 FUNCTIONS = ("open_task", "load_clip_of", "HardNegativeSampler", "base_phase", "new_phase", "run_row")  # of run.py
 PARTS = ("lists", "CLIP", "MiniLM", "base phase", "new phase", "scoring")  # the parts that they are, in this order
-COUNTS = ("seconds", "images encoded", "had to be", "texts encoded")
+COUNTS = ("seconds", "images encoded", "needed", "texts encoded")
 
 
 class Job:
     """Runs run.py's command, times its parts, and counts what CLIP encodes in each: {part: Counter} in `parts`.
 
-    "had to be" is how many of the images needed an encoder. A tuning image needs one once per step, prompted or frozen,
+    "needed" is how many of the images needed an encoder. A tuning image needs one once per step, prompted or frozen,
     or both, where the step uses both features. A test image needs one once for each state of the prompts that prompt
     images; its frozen features are needed once, and a later job finds them on the disk. "scoring" is what the other
     parts leave of a row: test images are loaded, features are compared, files are written.
@@ -230,13 +230,13 @@ class Job:
 
         def named_row(method, *more):
             self.row = scores.row_name(method, self.learner.__name__) + ": "
-            self.parts[f"{self.row}test images"]["had to be"] = self.tests[method]
+            self.parts[f"{self.row}test images"]["needed"] = self.tests[method]
             return run_row(method, *more)
 
         def counted_batches(batches, epoch):
             frozen = batches.phase == 2 or not self.learner.prompts_images or self.learner.needs_frozen_features
             for images, labels in of(batches, epoch):
-                self.parts[self.part]["had to be"] += len(labels) * (self.learner.prompts_images + frozen)
+                self.parts[self.part]["needed"] += len(labels) * (self.learner.prompts_images + frozen)
                 yield images, labels
 
         wrapped.update(run_row=named_row, load_clip_of=lambda *settings: self.watched(*load(*settings)))
@@ -279,7 +279,7 @@ class Job:
 
 
 def bench_job(backbone, sizes, device, count, imports=0.0, options=()):
-    """Yields (command, rows of its parts) of a job on made images in EuroSAT's layout, then of the next, with seed 2.
+    """Yields (command, rows of its parts) of a job on generated images in EuroSAT's layout, then of the next, with seed 2.
 
     count: images of each of the 10 classes; 30% are test images. imports: seconds. options: more of run.py's, words.
     """

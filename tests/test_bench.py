@@ -35,7 +35,7 @@ def test_a_job_counts_what_it_encodes(name, tuning, monkeypatch):
     monkeypatch.setattr("sampler.minilm", lambda names: encode_once(tuple(names)))
     options = ["--shots", "2", "--epochs", "4", "--workers", "0"]
     for (_, rows), frozen in zip(bench.bench_job(name.lower(), "tiny", "cpu", 10, options=options), (1, 0)):
-        images = {row["part"]: (row["images encoded"], row["had to be"]) for row in rows}
+        images = {row["part"]: (row["images encoded"], row["needed"]) for row in rows}
         phases = [images[f"{name}{phase}"] for phase in (": base phase", " + MAO: base phase", " + MAO: new phase")]
         assert phases == list(zip(tuning, tuning))
         passes = [frozen, 0, 0] if name == "CoOp" else [frozen, 1, 2]  # the first of the two jobs fills the cache
