@@ -9,7 +9,7 @@
 
 Weights are random, at the sizes of ViT-B/16, as speed does not depend on them.
 
-The job runs on generated images in EuroSAT's layout, with a cache folder of its own. Its counts are exact on any machine.
+The job runs on generated images in EuroSAT's layout, with its own cache folder. Its counts are exact on any machine.
 
 A step has 51 classes, as many as the base classes of Flowers102. The baseline does what the authors' releases do, with
 the plain encoders of encoders.py: it encodes all classes at all 77 positions, and encodes images anew in each step. The
@@ -279,7 +279,7 @@ class Job:
 
 
 def bench_job(backbone, sizes, device, count, imports=0.0, options=()):
-    """Yields (command, rows of its parts) of a job on generated images in EuroSAT's layout, then of the next, with seed 2.
+    """Yields (command, rows of its parts) of a job on generated images in EuroSAT's layout, then of seed 2.
 
     count: images of each of the 10 classes; 30% are test images. imports: seconds. options: more of run.py's, words.
     """
