@@ -62,7 +62,6 @@ ROWS = {  # name: run.py's options; 20 epochs of the backbone are 500 steps on t
     "names, all candidates": f"{BASE} --no-reg-base",
     "CLIP's text, reg-B": f"{BASE} --sampler clip-text",
     "CLIP's confusions, reg-B": f"{BASE} --sampler clip-confusion",
-    "zero-shot CLIP": "--method zeroshot",
     "backbone, new phase": "--method mao --no-base",
     "random classes, reg-B, new phase": f"--method mao {RANDOM}",
     "names, reg-B, new phase": "--method mao",
@@ -100,7 +99,6 @@ QUESTIONS = {  # (what is asked, pairs of rows: the first minus the second)
         ("names, reg-B, new phase", "random classes, reg-B, new phase"),
         ("names, reg-B, new phase", "backbone, new phase"),
         ("names, reg-B, new phase", "names, reg-B"),
-        ("names, reg-B, new phase", "zero-shot CLIP"),
     ]),
     "hardness": ("Where does hardness turn from help to harm? K from 2 to 32, b*K = 32, K = 8 above.", [
         (f"names, reg-B, K = {k}", f"random classes, reg-B, K = {k}") for k in HARDNESS
