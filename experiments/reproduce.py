@@ -77,11 +77,7 @@ def figure_4_right(args):
 
 
 DEPT = Row("CoOp + DePT", "dept", "backbone")  # of Fig. 3; it is implemented on CoOp alone
-TABLE_3 = [
-    *pairs(["coop"])[1:],
-    Row("MaPLe", "maple", "backbone", "", "maple"),
-    Row("CoPrompt", "coprompt", "backbone", "", "coprompt"),
-]
+TABLE_3 = pairs(["coop"])[1:] + pairs(["maple", "coprompt"])[1::2]
 TABLE_4 = [
     Row("PromptSRC", "promptsrc", "backbone", "", "backbone"),
     Row("(a) base phase alone", "promptsrc", "mao", "--no-new", "a_base_dde_ar"),
@@ -95,8 +91,7 @@ TABLE_5 = [
     Row("+ MAO, tuned prompts", "promptsrc", "mao", "--labeler tuned", "fine_tuned_prompt"),
 ]
 TABLE_7 = [
-    *(Row(LEARNERS[name].__name__, name, "backbone", "", name) for name in ("cocoop", "proda", "kgcoop", "tcp")),
-    Row("PromptSRC", "promptsrc", "backbone", "", "promptsrc"),
+    *pairs(["cocoop", "proda", "kgcoop", "tcp", "promptsrc"])[1::2],
     Row("MAO-SRC", "promptsrc", "mao", "", "mao-src"),
 ]
 TABLE_8 = [
