@@ -110,7 +110,6 @@ def test_predictions_of_a_run(tune, command, tmp_path, monkeypatch):
         refuses(command("predict.py one.png --out notes.csv --run", mao), "notes.csv is there, and predict.py did not")
     (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere.csv")
     refuses(command("predict.py one.png --out link.csv --run", mao), "link.csv is there, and predict.py did not")
-    refuses(command("predict.py --run", mao, "--export", mao / "new.safetensors"), "predict.py did not write it")
     refuses(command("predict.py one.png --run", *folder.glob("*zero*")), "is zero-shot or not finished")
 
 
