@@ -41,7 +41,7 @@ def test_a_draw_is_told_by_its_sha256():
     """By hand for two images, and for the demo's draw, which is the same in every protocol."""
     items, content = [["é/1.jpg", 1, "b"], ["a\n.jpg", 0, "a"]], b"\xc3\xa9/1.jpg\t1\na\\n.jpg\t0\n"
     digest = hashlib.sha256(content).hexdigest()[:12]
-    assert data.describe_draw(items, 1, 3) == f"few-shot draw: 1 shots, seed 3, SHA-256 {digest}"
+    assert data.describe_draw(items, 1, 3) == f"few-shot draw: 1 shot, seed 3, SHA-256 {digest}"
     for protocol in ("base-to-new", "few-shot", "cross-dataset"):
         task = data.open_task(options.Settings(protocol=protocol, unlabeled_shots=2))
         assert task.draw == "few-shot draw: 16 shots, seed 1, SHA-256 f7d857e0fb4c"
