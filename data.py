@@ -47,7 +47,7 @@ def describe_draw(drawn, shots, seed):
     """
     text = "".join(f"{printable(path)}\t{label}\n" for path, label, _ in drawn)
     digits = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"few-shot draw: {shots} shot{'s' * (shots != 1)}, seed {seed}, SHA-256 {digits}"
+    return f"few-shot draw: {shots} {'shot' if shots == 1 else 'shots'}, seed {seed}, SHA-256 {digits}"
 
 
 def halves(items):
@@ -218,8 +218,8 @@ def main(arguments=None):
         return
     about = f"'{source.template}', images: {source.image_folder or 'drawn by harness/demo.py'}"
     print(printable(f"{args.name}: {len(base + new)} classes, {about}"))
-    print(describe_draw(items["train"], args.shots, args.seed))
-    print(folders.describe(base_to_new_task(source, args.shots, args.shots, args.seed), args.shots, args.shots))
+    task = base_to_new_task(source, args.shots, args.shots, args.seed)
+    print(task.draw, folders.describe(task, args.shots, args.shots), sep="\n")
     print("base phase: b = {} anchors, K = {} classes each".format(*paper_batch(len(base))))
 
 
