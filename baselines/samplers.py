@@ -47,7 +47,7 @@ def clip_text(learner, task, args):
 
 
 def clip_confusion(learner, task, args):
-    """Hard negatives by what frozen CLIP confuses on the few-shot images (as Skip Tuning and DPC choose theirs).
+    """Hard negatives by what frozen CLIP confuses on the few-shot images. Skip Tuning chooses such classes per image.
 
     The neighbors of a class are the classes with the highest mean probability over its own images.
     """
