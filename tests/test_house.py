@@ -16,7 +16,7 @@ BUDGETS = {  # harness: 2000 was planned; images, tables, names and CLIPs as peo
     "root": 954,
     "harness": 2292,
     "baselines": 400,
-    "experiments": 1507,
+    "experiments": 1510,
     "docs, examples": 520,
     "tests": 3415,
 }
